@@ -265,8 +265,40 @@ class ContextRepresentations(Representations):
     """Share of all training tokens that is clustered (at most `max_tokens`)."""
 
 
+class SparseInterpolation(Config):
+    """SIMoE: frozen weights plus one trained delta, of which every expert is a learnt structured mask."""
+
+    name: Literal["simoe"] = "simoe"
+    num_experts: int = Field(8, ge=1)
+    """Masks over the shared delta (M); every prompt gets its own mixture of them."""
+    sparsity_target: float = Field(0.75, ge=0, lt=1)
+    """Share of the delta's parameters whose gates are to be zero at the end of training."""
+    sparsity_scope: Literal["union", "mean", "per_expert"] = "union"
+    """A gate counts as zero: `union`: if it is zero in all experts, so that its column can be dropped; `mean`:
+    in each expert by itself, averaged over them; `per_expert`: likewise, and each expert meets the target."""
+    sparsity_warmup: float = Field(0.5, ge=0, le=1)
+    """Share of training over which the target rises to `sparsity_target`."""
+    sparsity_rate: float = Field(1.0, gt=0)
+    """Learning rate of the constraint's multiplier; where the constraint holds it starts again from 0."""
+    orthogonality: float = Field(0.1, ge=0)
+    """Weight of the loss on what experts have in common."""
+    mask_learning_rate: float = Field(0.1, gt=0)
+    """Adam's learning rate of the gates (of their log_alpha, which lies in [-4.6, 4.6])."""
+    router_learning_rate: float = Field(3e-3, gt=0)
+    """Adam's learning rate of the prompt router."""
+    router_hidden_size: int | None = Field(None, ge=1)
+    """Width of the router's hidden layer; by default it has none."""
+    log_alpha_mean: float = Field(0.0, ge=-4.6, le=4.6)
+    """Where gates start: 0 is half open."""
+    log_alpha_std: float = Field(0.5, ge=0)
+    prompt_representation: Literal["last_hidden", "embedding"] = "last_hidden"
+    """What the router sees of a prompt, averaged over its tokens: the dense model's last hidden state, computed
+    once per data set, or the token embeddings."""
+
+
 Method = Annotated[
-    Dense | SparseUpcycling | TaskRepresentations | ContextRepresentations, Field(discriminator="name")
+    Dense | SparseUpcycling | TaskRepresentations | ContextRepresentations | SparseInterpolation,
+    Field(discriminator="name"),
 ]
 
 METHODS: dict[str, type[Config]] = {
@@ -274,6 +306,7 @@ METHODS: dict[str, type[Config]] = {
     "su": SparseUpcycling,
     "trsu": TaskRepresentations,
     "crsu": ContextRepresentations,
+    "simoe": SparseInterpolation,
 }
 
 
