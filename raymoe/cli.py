@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,19 +109,43 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _parse(arguments: list[str], options: Mapping[str, str]) -> Command:
     file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("--") else None
-    overrides = parse_overrides(arguments)
-    own = {n: _own_value(n, overrides.pop(n)) for n in {**COMMON, **options} if n in overrides}
-    return Command(load(Job, file, overrides), own)
+    known = {**COMMON, **options}
+    texts, rest = _texts(arguments, [name for name in known if name not in FLAGS])
+    overrides = parse_overrides(rest)
+    flags = {name: _flag(name, overrides.pop(name)) for name in FLAGS if name in known and name in overrides}
+    return Command(load(Job, file, overrides), {**texts, **flags})
 
 
-def _own_value(name: str, value: Any) -> bool | str:
-    """The value of an option that is no configuration key."""
-    option = f"--{name.replace('_', '-')}"
-    if name in FLAGS and not isinstance(value, bool):
-        raise InputError(f"{option}: takes no value (got {value!r}); a configuration file comes before it")
-    if name not in FLAGS and isinstance(value, bool | None):
+def _texts(arguments: Sequence[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """The options `names` with their values as they were typed, whatever YAML makes of them, and all else."""
+    texts: dict[str, str] = {}
+    rest: list[str] = []
+    position = 0
+    while position < len(arguments):
+        option, separator, inline = arguments[position].partition("=")
+        start = position = position + 1
+        if not option.startswith("--") or (name := option[2:].replace("-", "_")) not in names:
+            rest.append(arguments[position - 1])
+            continue
+        while not separator and position < len(arguments) and not arguments[position].startswith("--"):
+            position += 1
+        texts[name] = _text(option, [inline] if separator else arguments[start:position])
+    return texts, rest
+
+
+def _text(option: str, words: Sequence[str]) -> str:
+    if not "".join(words):
         raise InputError(f"{option}: expected a value")
-    return value if isinstance(value, bool) else str(value)
+    if len(words) > 1:
+        raise InputError(f"{option}: takes one value, got {len(words)}; put it in quotes")
+    return words[0]
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        option = f"--{name.replace('_', '-')}"
+        raise InputError(f"{option}: takes no value (got {value!r}); a configuration file comes before it")
+    return value
 
 
 def _sweep_file(arguments: list[str]) -> int:
@@ -324,7 +348,7 @@ def _evaluate(command: Command) -> int:
     run, store = command.job.run(), Store(command.job.execution.storage)
     folder, data = command.options.get("model_folder"), stages.instructions(run)
     stage = stages.training(run)
-    if folder and not (Path(folder) / "config.json").is_file():
+    if folder and not ((Path(folder) / "config.json").is_file() or _is_simoe(folder)):
         raise InputError(f"--model-folder: no model in {folder} (no config.json)")
     if command.dry_run:
         _print_stages(data if folder else stage, command)
@@ -332,7 +356,7 @@ def _evaluate(command: Command) -> int:
     if not folder and stage.find(store) is None:
         raise InputError("evaluate: this run is not trained yet: `raymoe train` it, or give --model-folder")
     if folder:
-        _check_tokenizer(Path(folder), command)
+        _check_tokenizer(_tokenizer_folder(Path(folder)), command)
     encoded = _make(data, command).path
     from raymoe.evaluate import evaluate_folder
 
@@ -355,38 +379,128 @@ def _check_tokenizer(model: Path, command: Command) -> None:
     check_tokenizer(model, source.path(store))
 
 
-def _export(command: Command) -> int:
-    from raymoe import stages
-    from raymoe.store import Store
+def _is_simoe(folder: str | Path) -> bool:
+    from raymoe.upcycle.simoe import is_simoe
 
-    run, store = command.job.run(), Store(command.job.execution.storage)
-    stage, out = stages.training(run), command.options.get("out")
+    return is_simoe(Path(folder))
+
+
+def _tokenizer_folder(model: Path) -> Path:
+    """A SIMoE folder's tokenizer is that of its dense model."""
+    from raymoe.upcycle.simoe import simoe_config
+
+    return simoe_config(model).dense if _is_simoe(model) else model
+
+
+def _export(command: Command) -> int:
+    out, folder = command.options.get("out"), command.options.get("model_folder")
+    _check_merge(command)
+    if folder and not _is_simoe(folder):
+        raise InputError(f"--model-folder: no SIMoE model in {folder} (no simoe.json)")
     if command.dry_run:
-        _print_stages(stage, command)
+        _print_export(command)
         return 0
     if not out:
         raise InputError("export: --out FOLDER says where to")
-    if stage.find(store) is None:
-        raise InputError("export: this run is not trained yet: `raymoe train` it first")
+    model = Path(folder) if folder else _trained_model(command)
     _check_new("--out", out)
-    from raymoe.upcycle.checkpoint import copy_model
-
-    copy_model(stage.path(store) / "model", Path(out))
-    print(f"loads with transformers: {out}")
+    result = _written(model, Path(out), command)
+    if command.json:
+        print(to_json({"path": out, **result}))
+        return 0
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    loads = _is_simoe(out)
+    print(f"loads with {'raymoe.upcycle.simoe.load_simoe' if loads else 'transformers'}: {out}")
     return 0
 
 
+def _check_merge(command: Command) -> None:
+    given = [f"--{n.replace('_', '-')}" for n in ("merge", "merge_domain") if n in command.options]
+    if len(given) > 1:
+        raise InputError(f"{', '.join(given)}: give one of them: a prompt or a domain")
+    method = command.job.method.name
+    if given and method != "simoe" and "model_folder" not in command.options:
+        raise InputError(f"{given[0]}: method.name is {method}, which has no masks to merge: only simoe has")
+
+
+def _print_export(command: Command) -> None:
+    if folder := command.options.get("model_folder"):
+        print(f"{'to do':<13} export {folder}")
+        return
+    from raymoe import stages
+
+    _print_stages(stages.training(command.job.run()), command)
+
+
+def _trained_model(command: Command) -> Path:
+    """The folder of the run's trained model; InputError if there is none yet."""
+    from raymoe import stages
+    from raymoe.store import Store
+
+    stage, store = stages.training(command.job.run()), Store(command.job.execution.storage)
+    if stage.find(store) is None:
+        raise InputError("export: this run is not trained yet: `raymoe train` it first")
+    return stage.path(store) / "model"
+
+
+def _written(model: Path, out: Path, command: Command) -> dict[str, Any]:
+    """Write `model`, or what is merged from it, to `out`; returns what there is to say about that."""
+    if not _is_simoe(model):
+        from raymoe.upcycle.checkpoint import copy_model
+
+        copy_model(model, out)
+        return {}
+    from raymoe.upcycle.simoe import export_simoe, merge
+
+    weights = _expert_weights(model, command)
+    if weights is None:
+        export_simoe(model, out)
+        return {}
+    share = merge(model, out, weights)
+    if share < ENOUGH_KEPT:
+        _say(
+            f"warning: rounding to the dense model's dtype kept {share:.1%} of the delta: the merged model is "
+            "not quite the trained one; measure it before you use it"
+        )
+    return {"expert_weights": [round(weight, 6) for weight in weights], "kept_share": round(share, 6)}
+
+
+ENOUGH_KEPT = 0.95
+"""Share of the delta below which a merged model is warned about."""
+
+
+def _expert_weights(model: Path, command: Command) -> list[float] | None:
+    """Of the prompt or domain that is asked for; None if neither is."""
+    from raymoe.upcycle.simoe import route, simoe_config
+
+    prompt, domain = command.options.get("merge"), command.options.get("merge_domain")
+    if prompt is not None:
+        return route(model, prompt, command.job.data)
+    if domain is None:
+        return None
+    known = simoe_config(model).domains
+    if domain not in known:
+        raise InputError(f"--merge-domain: unknown domain {domain!r}: choose from {', '.join(sorted(known))}")
+    return list(known[domain])
+
+
 def _report(command: Command) -> int:
-    from raymoe.report import print_table
+    from raymoe.report import averages, print_table
     from raymoe.tracking import read_sweeps
 
     sweeps = read_sweeps(command.options.get("sweep"))
     if command.json:
-        parts = [(s.name, s.question, [row.as_json() for row in s.rows]) for s in sweeps]
-        print(to_json([dict(zip(("sweep", "question", "rows"), part, strict=True)) for part in parts]))
+        parts: list[dict[str, Any]] = []
+        for s in sweeps:
+            parts.append({"sweep": s.name, "question": s.question, "rows": [row.as_json() for row in s.rows]})
+            if s.average_over:
+                made = averages(s.rows, s.average_over, "eval/loss", "min")
+                parts[-1]["averages"] = [average.as_json() for average in made]
+        print(to_json(parts))
         return 0
-    for sweep in sweeps:
-        print_table(sweep.name, sweep.question, sweep.rows, "eval/loss", "min")
+    for s in sweeps:
+        print_table(s.name, s.question, s.rows, "eval/loss", "min", s.average_over)
     return 0
 
 
@@ -397,12 +511,12 @@ VERBS: dict[str, Verb] = {
         {},
     ),
     "represent": Verb(
-        "Extract the token representations that the routers are made from.",
+        "Extract the token representations that the routers are made from (trsu, crsu).",
         _stage_verb(_represent_stage, _show_info),
         {},
     ),
     "cluster": Verb(
-        "Cluster the representations and make router rows of the centroids.",
+        "Cluster the representations and make router rows of the centroids (trsu, crsu).",
         _stage_verb(_cluster_stage, _show_clusters),
         {},
     ),
@@ -418,9 +532,14 @@ VERBS: dict[str, Verb] = {
         {"model_folder": "FOLDER to measure instead of the run's own model"},
     ),
     "export": Verb(
-        "Copy the model of a trained run to a folder of its own.",
+        "Copy the model of a trained run to a folder of its own; of simoe, merge a plain dense model.",
         _export,
-        {"out": "FOLDER to write to"},
+        {
+            "out": "FOLDER to write to",
+            "merge": 'PROMPT (simoe): write the dense model that it is for "this prompt"',
+            "merge_domain": "NAME (simoe): likewise, for the mean over a domain's prompts",
+            "model_folder": "FOLDER of a SIMoE model to export instead of the run's own",
+        },
     ),
     "report": Verb("Print the tables of the sweeps in MLflow.", _report, {"sweep": "NAME of one sweep only"}),
 }

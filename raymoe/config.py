@@ -278,12 +278,17 @@ class SparseInterpolation(Config):
     in each expert by itself, averaged over them; `per_expert`: likewise, and each expert meets the target."""
     sparsity_warmup: float = Field(0.5, ge=0, le=1)
     """Share of training over which the target rises to `sparsity_target`."""
-    sparsity_rate: float = Field(1.0, gt=0)
-    """Learning rate of the constraint's multiplier; where the constraint holds it starts again from 0."""
-    orthogonality: float = Field(0.1, ge=0)
+    sparsity_rate: float = Field(150.0, gt=0)
+    """What the constraint's multiplier would grow by over the whole training if the target were missed by 1."""
+    sparsity_penalty: float = Field(20.0, ge=0)
+    """Weight of the constraint's quadratic term, which keeps the multiplier from overshooting."""
+    orthogonality: float = Field(0.03, ge=0)
     """Weight of the loss on what experts have in common."""
-    mask_learning_rate: float = Field(0.1, gt=0)
-    """Adam's learning rate of the gates (of their log_alpha, which lies in [-4.6, 4.6])."""
+    delta_learning_rate: float | None = Field(None, gt=0)
+    """AdamW's learning rate of the delta; by default 4 times `optimization.learning_rate`: gates shrink steps."""
+    mask_learning_rate: float | None = Field(None, gt=0)
+    """Adam's learning rate of the gates (of their log_alpha, within [-4.6, 4.6]); by default 10 / steps, which
+    takes a gate across that range once."""
     router_learning_rate: float = Field(3e-3, gt=0)
     """Adam's learning rate of the prompt router."""
     router_hidden_size: int | None = Field(None, ge=1)
@@ -396,6 +401,9 @@ class Execution(Config):
     experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
     """transformers' kernel for the experts, of those that need nothing else installed: `batched_mm` gathers the
     weights of every token's experts (memory!), `eager` loops over the experts."""
+    simoe_form: Literal["auto", "factored", "merged"] = "auto"
+    """How SIMoE computes a linear while it trains: two products a token (`factored`), one with weights merged per
+    sample (`merged`; in bfloat16 it rounds small deltas away), or the faster that loses nothing."""
     tokens_per_batch: int = Field(2048, ge=1)
     """Tokens of one packed forward pass in scoring and extraction."""
     scoring_actors: int | None = Field(None, ge=1)
@@ -621,6 +629,11 @@ def _line(kind: type[BaseModel], values: Mapping[str, Any], error: Any) -> str:
                 problem = "ambiguous" if len(elsewhere) > 1 else "unknown key"
                 return f"{key}: {problem}, choose from {', '.join(elsewhere)}"
             known += [leaf.rsplit(".", 1)[-1] for leaf in _leaves(kind)]
+        users = [name for name, method in METHODS.items() if location[-1] in method.model_fields]
+        if location[:-1] == ["method"] and users:
+            owner = (values.get("method") or {}).get("name", SparseUpcycling().name)
+            have = "has" if len(users) == 1 else "have"
+            return f"{key}: {owner} has no {location[-1]} ({', '.join(users)} {have})"
         near = difflib.get_close_matches(location[-1], known, n=1)
         return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
     message = error["msg"].removeprefix("Value error, ")

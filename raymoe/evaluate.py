@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,9 @@ from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.moe import sparse_layers
 from raymoe.models.packed_attention import PACKED_ATTENTION
 
+Applied = Callable[[Sequence[int], Batch | None], AbstractContextManager[None]]
+"""Makes the model that of some held-out records while they are measured: packed in a batch or, without one, a
+row each."""
 LossOutput = tuple[Tensor, Tensor, Tensor, Tensor]
 """What `CausalLoss` returns."""
 NUMBER = re.compile(
@@ -56,10 +59,15 @@ class Evaluator:
         world_size: int = 1,
         max_length: int,
         synced: bool = False,
+        applied: Applied | None = None,
     ) -> None:
-        """`synced`: every worker must run the same number of forward passes (ZeRO-3)."""
+        """`synced`: every worker must run the same number of forward passes (ZeRO-3).
+
+        `applied`: for models that differ from prompt to prompt (SIMoE).
+        """
         self.config, self.held_out, self.tokenizer = config, held_out, tokenizer
         self.rank, self.world_size, self.max_length, self.synced = rank, world_size, max_length, synced
+        self.applied = applied or (lambda records, batch: nullcontext())
         self.domains = sorted(set(held_out.domains))
         self.records = {d: _first(held_out.domains, d, config.max_examples_per_domain) for d in self.domains}
         self.turn_ends = _turn_ends(held_out, np.concatenate([*self.records.values()]), tokenizer)
@@ -80,7 +88,8 @@ class Evaluator:
         loads: dict[str, Tensor] = {}
         for domain, windows, counts in self._shared(self._batches()):
             batch = collate(self.held_out, windows, self.max_length).to(device)
-            nll, _, load_LN, _ = loss(batch)
+            with self.applied(batch.records, batch):
+                nll, _, load_LN, _ = loss(batch)
             if counts:
                 rows[domain] += torch.stack([nll.double().sum(), nll.new_tensor(nll.numel()).double()])
             if load_LN.numel():
@@ -140,7 +149,8 @@ class Evaluator:
     def _answers_right(self, model: Any, records: np.ndarray) -> list[bool]:
         prompts = [self.held_out.prompt(int(r)) for r in records]
         length, ends = self.config.max_new_tokens, self.turn_ends
-        texts = generate(model, self.tokenizer, prompts, length, synced=self.synced, stop=ends)
+        with self.applied(records.tolist(), None):
+            texts = generate(model, self.tokenizer, prompts, length, synced=self.synced, stop=ends)
         completions = [self.held_out.completion(int(r)) for r in records]
         references = [self.tokenizer.decode(c, skip_special_tokens=True) for c in completions]
         return [same_answer(t, r) for t, r in zip(texts, references, strict=True)]
@@ -247,9 +257,16 @@ def _first_line(error: Exception) -> str:
 
 
 def evaluate_folder(model_folder: Path, instructions: Path, run: Run) -> dict[str, float]:
-    """Measure the model in a Hugging Face folder, loaded by stock transformers, on encoded held-out instructions."""
+    """Measure the model in a folder on encoded held-out instructions.
+
+    A Hugging Face folder is loaded by stock transformers, a SIMoE folder by `raymoe.upcycle.simoe`.
+    """
+    from raymoe.upcycle.simoe import is_simoe  # it generates with this module
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
+    if is_simoe(model_folder):
+        return _evaluate_simoe(model_folder, instructions, run, dtype, device)
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True
     ).to(device)
@@ -257,6 +274,27 @@ def evaluate_folder(model_folder: Path, instructions: Path, run: Run) -> dict[st
     held_out = Encoded.load(instructions / "validation")
     evaluator = Evaluator(run.evaluation, held_out, tokenizer, max_length=run.data.max_length)
     return evaluator.measure(CausalLoss(model), model)
+
+
+def _evaluate_simoe(
+    folder: Path, instructions: Path, run: Run, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    from raymoe.upcycle.simoe import load_simoe
+
+    simoe = load_simoe(folder, dtype, device, PACKED_ATTENTION)
+    held_out = Encoded.load(instructions / "validation")
+
+    @contextmanager
+    def applied(records: Sequence[int], batch: Batch | None) -> Iterator[None]:
+        c_SG = simoe.coefficients([held_out.prompt(r) for r in records])
+        with simoe.interpolated.applied(c_SG, *((batch.documents, batch.input_ids.numel()) if batch else ())):
+            yield
+
+    tokenizer = AutoTokenizer.from_pretrained(simoe.config.dense, local_files_only=True)
+    evaluator = Evaluator(
+        run.evaluation, held_out, tokenizer, max_length=run.data.max_length, applied=applied
+    )
+    return evaluator.measure(CausalLoss(simoe.model), simoe.model)
 
 
 def final_answer(text: str) -> str | None:

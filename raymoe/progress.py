@@ -15,7 +15,10 @@ from ray.tune.schedulers import ASHAScheduler
 from raymoe.report import root_cause
 from raymoe.store import Store
 from raymoe.tracking import metric_log, read_rows
-from raymoe.train.job import STOPPED_EARLY, TrainingFailed, stop_flag
+from raymoe.train.job import FIRST_STEPS, STOPPED_EARLY, TrainingFailed, stop_flag
+
+SATURATED = 0.9
+"""Share of SIMoE's gates at 0 or 1 in the first steps above which a person is warned."""
 
 
 class TuneProgress(Callback):  # type: ignore[misc]
@@ -35,6 +38,7 @@ class TuneProgress(Callback):  # type: ignore[misc]
         self._names, self._metric, self._store, self._say = names, metric, store, say
         self._start, self._end = started, ended
         self._bars = _Bars(self._names, store) if sys.stderr.isatty() else None
+        self._warned: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune writes its callbacks down for `Tuner.restore`, which raymoe has no use for."""
@@ -62,6 +66,13 @@ class TuneProgress(Callback):  # type: ignore[misc]
         """Say what a milestone's evaluation gave."""
         if self._metric in result:
             self._tell(trial, f"step {result['step']:.0f}  {self._metric} {result[self._metric]:.4f}")
+        if result.get("masks/saturated_early", 0) > SATURATED and trial not in self._warned:
+            self._warned.append(trial)
+            self._tell(
+                trial,
+                f"warning: {result['masks/saturated_early']:.0%} of the gates were at 0 or 1 within the first "
+                f"{FIRST_STEPS:.0%} of the steps: method.mask_learning_rate is too high for them to be learnt",
+            )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Say that a trial ended, and note it where its training did not reach the end."""

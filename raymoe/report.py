@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 SHOWN = ("eval/loss", "eval/perplexity", "eval/math/exact_match")
 """Metrics with a column of their own; losses per domain follow."""
+STRUCTURE = {
+    "masks/sparsity": "sparsity",
+    "masks/overlap": "overlap",
+    "model/active_parameters": "active parameters",
+}
+"""What evaluations say about the model itself, and the titles of these last columns."""
 
 
 @dataclass(frozen=True)
@@ -48,32 +55,137 @@ class Row:
         }
 
 
-def print_table(name: str, question: str, rows: Sequence[Row], metric: str, mode: str) -> None:
-    """Print the rows, best first, with the columns that any of them has."""
-    from rich.table import Table
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and sample standard deviation (n - 1) of one metric; of a single value there is no deviation."""
 
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Statistic:
+        """Of at least one value; infinities, which `statistics` refuses, make it infinite or nan."""
+        n, mean = len(values), sum(values) / len(values)
+        squares = sum((value - mean) * (value - mean) for value in values)
+        return cls(mean, math.sqrt(squares / (n - 1)) if n > 1 else None, n)
+
+    def shown(self, metric: str) -> str:
+        """`1.2345 ± 0.0012`."""
+        return _shown(metric, self.mean) + (f" ± {_shown(metric, self.std)}" if self.std is not None else "")
+
+
+@dataclass(frozen=True)
+class Average:
+    """The trials that differ in one swept parameter alone, as one: statistics of their final metrics."""
+
+    point: Mapping[str, Any]
+    n: int
+    """Finished trials, which these are the statistics of."""
+    left_out: int
+    """Trials without a final result."""
+    final: Mapping[str, Statistic]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        final = {name: asdict(statistic) for name, statistic in self.final.items()}
+        return {"params": dict(self.point), "n": self.n, "left_out": self.left_out, "final": final}
+
+
+def averages(rows: Sequence[Row], over: str, metric: str, mode: str) -> list[Average]:
+    """One average for every point of the sweep without its parameter `over`, best first.
+
+    Without any if no trial has that parameter.
+    """
+    groups: dict[frozenset[tuple[str, str]], list[Row]] = {}
+    for row in rows if any(over in row.point for row in rows) else ():
+        point = frozenset((key, str(value)) for key, value in _without(row.point, over).items())
+        groups.setdefault(point, []).append(row)
+    made = [_average(group, over) for group in groups.values()]
+    worst = float("inf") if mode == "min" else float("-inf")
+    return sorted(
+        made,
+        key=lambda a: _or(a.final[metric].mean if metric in a.final else None, worst),
+        reverse=mode == "max",
+    )
+
+
+def _average(rows: Sequence[Row], over: str) -> Average:
+    ended = [row for row in rows if row.status == "FINISHED" and row.evaluations]
+    names = dict.fromkeys(name for row in ended for name in row.evaluations[-1] if name != "step")
+    values = {name: [v for row in ended if (v := row.final(name)) is not None] for name in names}
+    statistics = {name: Statistic.of(each) for name, each in values.items()}
+    return Average(_without(rows[0].point, over), len(ended), len(rows) - len(ended), statistics)
+
+
+def _without(point: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in point.items() if key != name}
+
+
+def print_table(
+    name: str,
+    question: str,
+    rows: Sequence[Row],
+    metric: str,
+    mode: str,
+    average_over: str | None = None,
+) -> None:
+    """Print the rows, best first, with the columns that any of them has.
+
+    With `average_over`, a swept parameter, a second table has mean and standard deviation over it.
+    """
     worst = float("inf") if mode == "min" else float("-inf")
     ordered = sorted(rows, key=lambda r: _or(r.final(metric), worst), reverse=mode == "max")
-    params = list(dict.fromkeys(p for row in rows for p in row.point))
+    params = _params(row.point for row in rows)
     columns = _columns(rows, metric)
-    table = Table(title=f"{name}: {question}", title_justify="left")
-    for title in (
-        "trial",
-        *params,
-        *(c.removeprefix("eval/") for c in columns),
-        f"best {metric[5:]}",
-        "status",
-    ):
-        table.add_column(title, justify="left" if title in ("trial", "status") else "right")
-    for row in ordered:
-        values = [_format(row.final(c)) for c in columns]
-        points = [str(row.point.get(p, "")) for p in params]
-        table.add_row(row.name, *points, *values, _format(row.best(metric, mode)), row.status)
+    titles = ["trial", *params, *map(_title, columns), f"best {metric[5:]}", "status"]
+    cells = [
+        [
+            row.name,
+            *(str(row.point.get(p, "")) for p in params),
+            *(_shown(c, row.final(c)) for c in columns),
+            _format(row.best(metric, mode)),
+            row.status,
+        ]
+        for row in ordered
+    ]
     console = _console()
-    console.print(table)
+    console.print(_table(f"{name}: {question}", titles, cells, left=("trial", "status")))
     for row in ordered:
         if row.error:
             console.print(f"{row.name}: {row.status}: {row.error}")
+    if average_over and (made := averages(rows, average_over, metric, mode)):
+        console.print(_table_of_averages(made, average_over, columns))
+
+
+def _table_of_averages(made: Sequence[Average], over: str, columns: Sequence[str]) -> Table:
+    params = _params(average.point for average in made)
+    cells = [
+        [
+            *(str(average.point.get(p, "")) for p in params),
+            *(average.final[c].shown(c) if c in average.final else "" for c in columns),
+            str(average.n),
+            str(average.left_out),
+        ]
+        for average in made
+    ]
+    titles = [*params, *map(_title, columns), "n", "left out"]
+    return _table(f"mean ± standard deviation over {over}", titles, cells, left=params[:1])
+
+
+def _params(points: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(p for point in points for p in point))
+
+
+def _table(title: str, titles: Sequence[str], cells: Sequence[Sequence[str]], left: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in titles:
+        table.add_column(column, justify="left" if column in left else "right")
+    for row in cells:
+        table.add_row(*row)
+    return table
 
 
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -95,9 +207,16 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
 
 
-def rows_as_json(rows: Sequence[Row]) -> str:
-    """The rows as a JSON list."""
-    return to_json([row.as_json() for row in rows])
+def rows_as_json(
+    rows: Sequence[Row], metric: str = "eval/loss", mode: str = "min", average_over: str | None = None
+) -> str:
+    """The rows as a JSON list; with `average_over` an object of `rows` and `averages`."""
+    plain = [row.as_json() for row in rows]
+    if not average_over:
+        return to_json(plain)
+    return to_json(
+        {"rows": plain, "averages": [a.as_json() for a in averages(rows, average_over, metric, mode)]}
+    )
 
 
 def to_json(value: Any) -> str:
@@ -116,7 +235,11 @@ def _without_nan(value: Any) -> Any:
 def _columns(rows: Sequence[Row], metric: str) -> list[str]:
     present = dict.fromkeys(k for row in rows for e in row.evaluations for k in e)
     losses = [k for k in present if k.startswith("eval/") and k.endswith("/loss")]
-    return [c for c in dict.fromkeys([metric, *SHOWN, *losses]) if c in present]
+    return [c for c in dict.fromkeys([metric, *SHOWN, *losses, *STRUCTURE]) if c in present]
+
+
+def _title(metric: str) -> str:
+    return STRUCTURE.get(metric, metric.removeprefix("eval/"))
 
 
 def _or(value: float | None, default: float) -> float:
@@ -125,6 +248,14 @@ def _or(value: float | None, default: float) -> float:
 
 def _format(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _shown(metric: str, value: float | None) -> str:
+    """A metric's value; numbers of parameters as `1.24M`."""
+    if value is None or not metric.startswith("model/") or not math.isfinite(value):
+        return _format(value)
+    power = next((i for i in range(4) if abs(value) < 999.5 * 1000**i), 4)
+    return f"{value / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
 
 
 def root_cause(error: BaseException | None) -> str:

@@ -1,7 +1,8 @@
 """The path of a run as stages: what each one reads, what it is made from, how it is made.
 
     corpus -> initial -> (training) dense          only for the embedded defaults
-    instructions -> perplexity -> representations -> clusters -> upcycle -> train
+    instructions -> perplexity -> representations -> clusters -> upcycle -> train      SU, TRSU, CRSU
+    instructions -> prompts -> train                                                   SIMoE
 
 A stage's identity holds only what decides its output, so runs share whatever they have in common: a sweep over
 `load_balance_alpha` scores, extracts and clusters once. Nothing is computed until `build` is called, and nothing
@@ -28,6 +29,7 @@ from raymoe.config import (
     Optimization,
     Representations,
     Run,
+    SparseInterpolation,
     TaskRepresentations,
 )
 from raymoe.store import Output, Store, digest
@@ -38,6 +40,7 @@ REVISIONS = {
     "instructions": 2,
     "perplexity": 1,
     "representations": 1,
+    "prompts": 1,
     "clusters": 1,
     "upcycle": 1,
     "train": 1,
@@ -139,12 +142,14 @@ def training(run: Run) -> Stage:
     """
     dense, data = _dense(run), _instructions(run)
     recipe = _upcycle(run, dense, data) if isinstance(run.method, Experts) else None
+    router_inputs = prompts(run) if isinstance(run.method, SparseInterpolation) else None
     identity = {
         **_head("train"),
         "dense": dense.identity,
         "instructions": data.identity,
         "recipe": recipe.identity if recipe else None,
         "run": run.model_dump(mode="json", exclude={"model", "data"}),
+        **({"prompts": router_inputs.identity} if router_inputs else {}),
     }
 
     def build(folder: Path, context: Context) -> Mapping[str, Any]:
@@ -160,12 +165,12 @@ def training(run: Run) -> Stage:
             recipe=recipe.path(context.store) if recipe else None,
             data=data.path(context.store),
             out=folder,
+            prompts=router_inputs.path(context.store) if router_inputs else None,
             log_every=10 if uses_gpu(context.execution) else 1,
         )
         return fit(job, name=stage.key, storage=context.store.root / "checkpoints")
 
-    needs = tuple(s for s in (dense.stage, data, recipe) if s)
-    stage = Stage("train", identity, needs, build, run)
+    stage = Stage("train", identity, _needs(dense, data, recipe, router_inputs), build, run)
     return stage
 
 
@@ -221,6 +226,37 @@ def representations(run: Run) -> Stage:
     return Stage("representations", identity, _needs(dense, data, scores), build, run)
 
 
+def prompts(run: Run) -> Stage:
+    """What SIMoE's router sees of every prompt, held-out ones included.
+
+    Raises:
+        InputError: the run's method has no prompt router.
+    """
+    if not isinstance(run.method, SparseInterpolation):
+        raise InputError(f"method.name: {run.method.name} has no prompt router, only simoe has")
+    dense, data, kind = _dense(run), _instructions(run), run.method.prompt_representation
+    identity = {
+        **_head("prompts"),
+        "dense": dense.identity,
+        "instructions": data.identity,
+        "kind": kind,
+        "precision": run.precision,
+    }
+
+    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+        from raymoe.data.prompts import represent_all
+
+        return represent_all(
+            data.path(context.store),
+            dense.path(context.store),
+            folder,
+            kind=kind,
+            **_forward(context, run),
+        )
+
+    return Stage("prompts", identity, _needs(dense, data), build, run)
+
+
 def clusters(run: Run) -> Stage:
     """Centroids of the representations and the router rows made of them."""
     method, source = _representation_method(run), representations(run)
@@ -245,7 +281,9 @@ def clusters(run: Run) -> Stage:
 def upcycle(run: Run) -> Stage:
     """The recipe of the run's MoE: dense model by reference, router rows, configuration."""
     if not isinstance(run.method, Experts):
-        raise InputError("method.name: dense has nothing to upcycle: choose from su, trsu, crsu")
+        raise InputError(
+            f"method.name: {run.method.name} has nothing to upcycle beforehand: choose from su, trsu, crsu"
+        )
     stage = _upcycle(run, _dense(run), _instructions(run))
     if stage is None:
         raise AssertionError(run.method)
@@ -359,7 +397,7 @@ def _instructions(run: Run) -> Stage:
         "data": data.model_dump(mode="json"),
         "corpus": [corpus.identity, part] if corpus else None,
         "files": _file_identity(data),
-        "seed": run.seed,
+        "seed": run.seed if data.max_examples else None,  # it draws the sample and nothing else
     }
 
     def build(folder: Path, context: Context) -> Mapping[str, Any]:

@@ -41,6 +41,8 @@ class Sweep:
     """From the base configuration and a point to a complete run."""
     metric: str = "eval/loss"
     mode: str = "min"
+    average_over: str | None = None
+    """A swept parameter, such as a seed: a second table has mean and standard deviation over its values."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ def trials_of(sweep: Sweep, base: Run) -> list[Trial]:
     """Every trial of `sweep`, valid and distinct.
 
     Raises:
-        InputError: invalid points (all of them, one line each), or two that are the same run.
+        InputError: invalid points (all of them, one line each), two that are the same run, or an `average_over`
+            that none has.
     """
+    if sweep.average_over is not None and not any(sweep.average_over in p for p in sweep.points):
+        raise InputError(f"{sweep.name}: average_over: no trial has {sweep.average_over!r}")
     trials: list[Trial] = []
     problems: dict[str, list[str]] = {}
     for point in sweep.points:
@@ -162,7 +167,10 @@ def _run_all(sweep: Sweep, trials: Sequence[Trial], job: Job, store: Store, opti
     stages.prepare([t.stage for t in todo], stages.Context(store, job.execution, _say))
     ledger = Ledger("raymoe")
     identity = digest([sweep.name, sorted(t.key for t in trials)])
-    ledger.sweep(f"{sweep.name}-{identity}", sweep.question, {"sweep": sweep.name}, _yaml(job))
+    tags = {"sweep": sweep.name}
+    if sweep.average_over:
+        tags["average_over"] = sweep.average_over
+    ledger.sweep(f"{sweep.name}-{identity}", sweep.question, tags, _yaml(job))
     book = _Book(ledger, sweep, {trial.key: trial for trial in trials}, store)
     try:
         for key in finished:
@@ -327,7 +335,11 @@ def _close(ledger: Ledger, trial: Trial, row: Row, store: Store) -> None:
         tags={"model": row.model, "error": row.error} if row.error else {"model": row.model},
         metrics=found.path / "metrics.jsonl" if found else None,
         cost=found.info["cost"] if found else None,
-        files=[stage.path(store) / "clusters.json" for stage in stages.upstream([trial.stage])],
+        files=[
+            *(stage.path(store) / "clusters.json" for stage in stages.upstream([trial.stage])),
+            *([found.path / "masks.json"] if found else []),
+        ],
+        figures=sorted((found.path / "figures").glob("*.png")) if found else (),
     )
 
 
@@ -386,9 +398,9 @@ def _plan(
 
 def _print_result(sweep: Sweep, rows: Sequence[Row], options: Options) -> None:
     if options.json:
-        print(rows_as_json(rows))
+        print(rows_as_json(rows, sweep.metric, sweep.mode, sweep.average_over))
     else:
-        print_table(sweep.name, sweep.question, rows, sweep.metric, sweep.mode)
+        print_table(sweep.name, sweep.question, rows, sweep.metric, sweep.mode, sweep.average_over)
 
 
 def _yaml(config: Any) -> str:

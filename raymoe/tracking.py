@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from raymoe.config import InputError
-from raymoe.report import Row
+from raymoe.report import STRUCTURE, Row
 
 TRIAL_KEY = "raymoe.trial_key"
 SWEEP_KEY = "raymoe.sweep"
@@ -145,13 +145,16 @@ class Ledger:
         metrics: Path | None = None,
         files: Iterable[Path] = (),
         cost: Mapping[str, float] | None = None,
+        figures: Iterable[Path] = (),
     ) -> None:
         """End a trial's run (FINISHED, FAILED or KILLED) after its last metrics.
 
-        Adds `best/` and `final/` of the evaluations, `cost/` metrics and, as artifacts, the `files` that exist.
+        Adds `best/` and `final/` of the evaluations, `cost/` metrics and, as artifacts, the `files` that exist
+        and in their folder `figures` the pictures.
         """
         summary = best_and_final(evaluations) | {f"cost/{k}": v for k, v in (cost or {}).items()}
-        more, artifacts = dict(tags or {}), [f for f in files if f.is_file()]
+        given = [*((f, None) for f in files), *((f, "figures") for f in figures)]
+        more, artifacts = dict(tags or {}), [(f, folder) for f, folder in given if f.is_file()]
         self._later(lambda: self._finish(key, status, summary, more, metrics, artifacts))
 
     def close(self, status: str, text: Mapping[str, str] | None = None, timeout: float = 120.0) -> bool:
@@ -226,6 +229,9 @@ class Ledger:
             labels = {"mlflow.runName": name, SWEEP_KEY: name, "mlflow.note.content": question, **tags}
             found = self._client.create_run(self._experiment_id(), tags=labels, run_name=name)
         # Also where the run is there: MLflow may have failed right after it was created.
+        for tag, value in tags.items():
+            if found.data.tags.get(tag) != value:
+                self._client.set_tag(found.info.run_id, tag, value)
         self._client.log_text(found.info.run_id, config, "sweep.yaml")
         self._client.update_run(found.info.run_id, status="RUNNING")
         self._parent = found.info.run_id
@@ -315,7 +321,7 @@ class Ledger:
         summary: Mapping[str, float],
         tags: dict[str, str],
         metrics: Path | None,
-        artifacts: list[Path],
+        artifacts: list[tuple[Path, str | None]],
     ) -> None:
         trial = self._trials[key]
         if metrics is not None and metrics != trial.file:
@@ -329,8 +335,8 @@ class Ledger:
         fresh = [Metric(k, v, now, 0) for k, v in values.items() if run.data.metrics.get(k) != v]
         labels = [RunTag(k, str(v)[:5000]) for k, v in tags.items()]
         self._client.log_batch(trial.run_id, metrics=fresh, tags=labels)
-        for file in artifacts:
-            self._client.log_artifact(trial.run_id, str(file))
+        for file, folder in artifacts:
+            self._client.log_artifact(trial.run_id, str(file), folder)
         if run.info.status != status:
             self._client.set_terminated(trial.run_id, status)
         del self._trials[key]
@@ -353,6 +359,7 @@ class SweepResult:
     name: str
     question: str
     rows: list[Row]
+    average_over: str | None = None
 
 
 def read_sweeps(
@@ -398,24 +405,41 @@ def _sweep_result(client: Any, parent: Any, runs: Iterable[Any]) -> SweepResult:
         )
         for child in children
     ]
-    return SweepResult(parent.info.run_name, parent.data.tags.get("mlflow.note.content", ""), rows)
+    tags = parent.data.tags
+    return SweepResult(
+        parent.info.run_name, tags.get("mlflow.note.content", ""), rows, tags.get("average_over")
+    )
 
 
 def _evaluations(client: Any, run: Any) -> list[dict[str, float]]:
-    """The `eval/` metrics of a run, one row per step."""
+    """The `eval/` metrics of a run, one row per step, and of the model itself what the table shows of it.
+
+    Training steps log that too: only the evaluations' steps are taken, and of two values at one the later.
+    """
     steps: dict[int, dict[str, float]] = {}
     for name in run.data.metrics:
         if name.startswith("eval/"):
             for metric in client.get_metric_history(run.info.run_id, name):
                 steps.setdefault(metric.step, {"step": metric.step})[name] = metric.value
+    for name in STRUCTURE:
+        if name in run.data.metrics:
+            history = client.get_metric_history(run.info.run_id, name)
+            for metric in sorted(history, key=lambda m: m.timestamp):
+                if metric.step in steps:
+                    steps[metric.step][name] = metric.value
     return [steps[step] for step in sorted(steps)]
 
 
 def best_and_final(evaluations: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """`best/<metric>` and `final/<metric>` of all `eval/` metrics: compare views show only the last value."""
+    """Summary of the evaluations: compare views show only the last value of a metric.
+
+    `best/<metric>` and `final/<metric>` of all `eval/` metrics; of what describes the model, which is neither
+    good nor bad, `final/masks/...` and `final/model/...`.
+    """
     rows = list(evaluations)
-    summary: dict[str, float] = {}
-    for name in [k for k in (rows[-1] if rows else {}) if k.startswith("eval/")]:
+    last = rows[-1] if rows else {}
+    summary = {f"final/{name}": last[name] for name in last if name.startswith(("masks/", "model/"))}
+    for name in [k for k in last if k.startswith("eval/")]:
         values = [row[name] for row in rows if name in row]
         better = max if name.endswith("exact_match") else min
         summary |= {f"best/{name[5:]}": better(values), f"final/{name[5:]}": values[-1]}

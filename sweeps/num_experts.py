@@ -6,7 +6,7 @@ python sweeps/num_experts.py [config.yaml] [--model.name ID --data.train FILE ..
 from raymoe.config import Run, replace
 from raymoe.sweep import Point, Sweep, main
 
-METHODS = ("su", "trsu", "crsu")
+METHODS = ("su", "trsu", "crsu", "simoe")
 NUM_EXPERTS = (2, 4)
 
 

@@ -12,15 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raymoe
 from raymoe import cli, stages
-from raymoe.config import Execution, Run, load
+from raymoe.config import Execution, Run, SparseInterpolation, load
+from raymoe.data.instructions import encode
+from raymoe.data.sources import Instruction
+from raymoe.models.simoe import PromptRouter, interpolate
 from raymoe.stages import Context, Stage
 from raymoe.store import Store
 from raymoe.tracking import Ledger
+from raymoe.upcycle.simoe import Masks, load_simoe, write_simoe
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(raymoe.__file__).parents[1])}
 
@@ -30,16 +34,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def called(line: str) -> int:
+def called(line: str, *more: str) -> int:
     with pytest.raises(SystemExit) as exit:
-        cli.main(line.split())
+        cli.main([*line.split(), *more])
     assert isinstance(exit.value.code, int)
     return exit.value.code
 
 
-def refused(line: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+def refused(line: str, capsys: pytest.CaptureFixture[str], *more: str) -> list[str]:
     """The lines on stderr of a command that the user got wrong."""
-    assert called(line) == 2
+    assert called(line, *more) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
@@ -147,7 +151,21 @@ def test_mistakes_in_the_configuration_come_together(
         ("export --out x", "export: this run is not trained yet"),
         ("export", "export: --out FOLDER says where to"),
         ("represent --method su", "method.name: su uses no representations: choose from trsu, crsu"),
+        ("represent --method simoe", "method.name: simoe uses no representations: choose from trsu, crsu"),
+        ("cluster --method simoe", "method.name: simoe uses no representations: choose from trsu, crsu"),
         ("upcycle --method dense", "method.name: dense has nothing to upcycle"),
+        ("upcycle --method simoe", "method.name: simoe has nothing to upcycle"),
+        ("export --out x --merge Hi", "--merge: method.name is su, which has no masks to merge: only simoe"),
+        (
+            "export --merge-domain a --method dense",
+            "--merge-domain: method.name is dense, which has no masks",
+        ),
+        ("export --method simoe --merge a --merge-domain b", "--merge, --merge-domain: give one of them"),
+        ("export --method simoe --merge", "--merge: expected a value"),
+        ("export --method simoe --merge=", "--merge: expected a value"),
+        ("export --method simoe --merge two words", "--merge: takes one value, got 2; put it in quotes"),
+        ("export --method simoe --merge Hi --out x", "export: this run is not trained yet"),
+        ("export --model-folder none --out x", "--model-folder: no SIMoE model in none (no simoe.json)"),
         ("train --data.train none.jsonl", "data.train: none.jsonl does not exist"),
         ("train --model.name ./none", "model.name: "),
         ("sweep none.py", "none.py: no such sweep file"),
@@ -288,6 +306,149 @@ def test_an_export_that_fails_leaves_nothing(tmp_path: Path, capsys: pytest.Capt
     (line,) = refused("export --out out", capsys)
     assert line.startswith("out: can't write the model")
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+# ---- export of SIMoE
+
+
+@pytest.fixture(scope="module")
+def simoe_folder(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SIMoE model of the pico Llama, with random gates and deltas."""
+    interpolated = interpolate(AutoModelForCausalLM.from_pretrained(pico))
+    random = torch.Generator().manual_seed(3)
+    for layer in interpolated.layers:
+        layer.delta.data.normal_(0, 0.1, generator=random)
+    method = SparseInterpolation(num_experts=2)
+    gates = (torch.rand(2, interpolated.layout.size, generator=random) - 0.5).clamp(0)
+    domains = {"math": [0.75, 0.25], "code": [0.125, 0.875]}
+    masks = Masks(method, gates, PromptRouter(method, 32, seed=4).state_dict(), domains)
+    out = tmp_path_factory.mktemp("trained") / "simoe"
+    write_simoe(out, pico, masks, interpolated.model.named_parameters(), torch.float32)
+    return out
+
+
+def simoe_run(pico: Path, data_folder: Path, trained: Path) -> str:
+    """The arguments of a run whose trained model `trained` is put into the store."""
+    values = {"model.name": str(pico), "data.train": str(data_folder), "method.name": "simoe"}
+    stage = stages.training(load(Run, None, values))
+
+    def build(folder: Path) -> dict[str, object]:
+        shutil.copytree(trained, folder / "model")
+        return {}
+
+    Store("runs").make(stage.name, stage.identity, build)
+    return f"--model.name {pico} --data.train {data_folder} --method simoe"
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(torch.arange(40)[None]).logits  # type: ignore[no-any-return]
+
+
+PROMPT = "Compute: # what is 2 + 2?"  # YAML would make a mapping of it, or nothing
+
+
+def test_a_simoe_run_is_exported_with_its_dense_model(
+    pico: Path, data_folder: Path, simoe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = simoe_run(pico, data_folder, simoe_folder)
+    assert called(f"export {run} --out out") == 0
+    assert capsys.readouterr().out == "loads with raymoe.upcycle.simoe.load_simoe: out\n"
+    assert json.loads(Path("out/simoe.json").read_text())["dense"] == "dense"
+    assert torch.equal(logits(Path("out/dense")), logits(pico))
+    assert called("export --model-folder out --out again --json") == 0
+    assert json.loads(capsys.readouterr().out) == {"path": "again"}
+    load_simoe(Path("again"), torch.float32)
+
+
+def test_the_model_of_a_prompt(
+    pico: Path, data_folder: Path, simoe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = simoe_run(pico, data_folder, simoe_folder)
+    simoe = load_simoe(simoe_folder, torch.float32)
+    data = load(Run, None, {"data.train": str(data_folder)}).data
+    example = Instruction("", "", "", (("user", PROMPT),), "4", "")
+    prompt = encode([example], AutoTokenizer.from_pretrained(pico), data).prompt(0)
+    (weights,) = simoe.expert_weights([prompt])
+    with simoe.interpolated.merged(weights @ simoe.gates_MG), torch.no_grad():
+        expected = simoe.model(torch.arange(40)[None]).logits
+    for source, out in ((run, "mine"), (f"--model-folder {simoe_folder}", "theirs")):
+        assert called(f"export {source} --out {out} --json --merge", PROMPT) == 0
+        captured = capsys.readouterr()
+        shown = json.loads(captured.out)
+        assert shown["path"] == out
+        assert shown["expert_weights"] == pytest.approx(weights.tolist(), abs=1e-5)
+        assert shown["kept_share"] == pytest.approx(1, abs=1e-4)
+        assert "warning" not in captured.err
+        torch.testing.assert_close(logits(Path(out)), expected, atol=1e-5, rtol=0)
+
+
+def test_the_model_of_a_domain(
+    pico: Path, data_folder: Path, simoe_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = simoe_run(pico, data_folder, simoe_folder)
+    (line,) = refused(f"export {run} --out out --merge-domain maths", capsys)
+    assert line == "--merge-domain: unknown domain 'maths': choose from code, math"
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    assert called(f"export {run} --out out --merge-domain math") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["expert_weights: [0.75, 0.25]", "kept_share: 1.0", "loads with transformers: out"]
+    simoe = load_simoe(simoe_folder, torch.float32)
+    with simoe.interpolated.merged(torch.tensor([0.75, 0.25]) @ simoe.gates_MG), torch.no_grad():
+        expected = simoe.model(torch.arange(40)[None]).logits
+    torch.testing.assert_close(logits(Path("out")), expected, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    assert refused(f"export {run} --out out", capsys) == [
+        "--out: out exists already and is not an empty folder"
+    ]
+
+
+def test_a_merge_that_rounds_the_delta_away_is_warned_about(
+    pico: Path, simoe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pico, "dense")
+    tensors = {n: t.bfloat16() for n, t in load_file("dense/model.safetensors").items()}
+    save_file(tensors, "dense/model.safetensors", {"format": "pt"})
+    interpolated = interpolate(AutoModelForCausalLM.from_pretrained("dense", dtype=torch.float32))
+    for layer in interpolated.layers:
+        layer.delta.data.fill_(1e-5)
+    method = SparseInterpolation(num_experts=1)
+    masks = Masks(
+        method,
+        torch.ones(1, interpolated.layout.size),
+        PromptRouter(method, 32).state_dict(),
+        {"math": [1.0]},
+    )
+    write_simoe(Path("simoe"), Path("dense"), masks, interpolated.model.named_parameters(), torch.float32)
+    assert called("export --model-folder simoe --merge-domain math --out out --json") == 0
+    captured = capsys.readouterr()
+    share = json.loads(captured.out)["kept_share"]
+    assert share < 0.5
+    assert f"warning: rounding to the dense model's dtype kept {share:.1%} of the delta" in captured.err
+
+
+def test_a_dry_export_writes_nothing(
+    pico: Path, data_folder: Path, simoe_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = simoe_run(pico, data_folder, simoe_folder)
+    assert called(f"export {run} --out out --merge-domain math --dry-run") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("in the store  train-")
+    assert called(f"export --model-folder {simoe_folder} --merge Hi --dry-run") == 0
+    assert capsys.readouterr().out == f"to do         export {simoe_folder}\n"
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_simoe_folder_has_the_tokenizer_of_its_dense_model(
+    pico: Path, data_folder: Path, simoe_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pico, "other")
+    tokenizer = AutoTokenizer.from_pretrained(pico)
+    tokenizer.add_tokens(["hello"])
+    tokenizer.save_pretrained("other")
+    line = f"evaluate --model-folder {simoe_folder} --model.name other --data.train {data_folder}"
+    (message,) = refused(line, capsys)
+    assert message.startswith(f"--model-folder: the tokenizer in {pico} has another vocabulary than that in")
 
 
 # ---- verbs on a pico model

@@ -173,6 +173,23 @@ def test_every_problem_is_one_line_and_all_come_at_once() -> None:
             assert part in message, line
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--method simoe --top-k 2", "method.top_k: simoe has no top_k (su, trsu, crsu have)"),
+        (
+            "--sparsity-target 0.5 --method trsu",
+            "method.sparsity_target: trsu has no sparsity_target (simoe has)",
+        ),
+        ("--method.tasks math", "method.tasks: su has no tasks (trsu has)"),
+    ],
+)
+def test_a_setting_of_another_method(line: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        command_line(line)
+    assert str(caught.value) == message
+
+
 def test_ambiguous_bare_keys_come_with_the_other_problems() -> None:
     with pytest.raises(InputError) as caught:
         command_line("--learning-rate 1 --revision main --num-expert 3")
@@ -190,7 +207,22 @@ def test_ambiguous_bare_keys_come_with_the_other_problems() -> None:
         ({"sead": 1}, "sead: unknown key, did you mean seed?"),
         ({"num_experts": 4}, "num_experts: unknown key, choose from method.num_experts"),
         ({"method": {"top-k": 1}}, "method.top-k: unknown key, did you mean top_k?"),
-        ({"method": {"name": "dense", "top_k": 1}}, "method.top_k: unknown key"),
+        (
+            {"method": {"name": "dense", "top_k": 1}},
+            "method.top_k: dense has no top_k (su, trsu, crsu have)",
+        ),
+        (
+            {"method": {"name": "simoe", "load_balance_alpha": 0.1}},
+            "method.load_balance_alpha: simoe has no load_balance_alpha (su, trsu, crsu have)",
+        ),
+        (
+            {"method": {"sparsity_target": 0.5}},
+            "method.sparsity_target: su has no sparsity_target (simoe has)",
+        ),
+        (
+            {"method": {"name": "simoe", "sparsity_traget": 0.5}},
+            "method.sparsity_traget: unknown key, did you mean sparsity_target?",
+        ),
         (
             {"model": {"local": {"hiden_size": 1}}},
             "model.local.hiden_size: unknown key, did you mean hidden_size?",

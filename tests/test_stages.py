@@ -65,7 +65,8 @@ def changed(base: Run, changes: Mapping[str, Any]) -> set[str]:
         ({"model.local.hidden_size": 64}, FROM["instructions"]),
         ({"data.max_length": 64}, FROM["instructions"]),
         ({"data.max_examples": 10}, FROM["instructions"]),
-        ({"seed": 1}, FROM["instructions"]),
+        ({"seed": 1}, FROM["representations"]),  # it samples tokens, and data only if they are limited
+        ({"seed": 1, "data.max_examples": 10}, FROM["instructions"]),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

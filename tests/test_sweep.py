@@ -1,17 +1,30 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 
 from raymoe import cli, stages
-from raymoe.config import Execution, InputError, Job, Run, SparseUpcycling, replace, validate
+from raymoe.config import (
+    Dense,
+    Execution,
+    InputError,
+    Job,
+    Run,
+    SparseInterpolation,
+    SparseUpcycling,
+    replace,
+    validate,
+)
 from raymoe.stages import Context, Stage
 from raymoe.store import Store
-from raymoe.sweep import Options, Point, Sweep, Trial, _shared_stages, execute, load, trials_of
+from raymoe.sweep import Options, Point, Sweep, Trial, _Book, _shared_stages, execute, load, trials_of
+from raymoe.tracking import TRIAL_KEY, Ledger, read_sweeps
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "sweeps").glob("*.py"))
@@ -59,7 +72,8 @@ def test_num_experts_keeps_what_the_configuration_sets() -> None:
     base = validate(Run, {"method": {"name": "trsu", "gating": "softmax"}, "seed": 5})
     for trial in trials_of(load(ROOT / "sweeps" / "num_experts.py"), base):
         assert trial.run.seed == 5
-        assert trial.point["method"] == "dense" or trial.run.method.gating == "softmax"  # type: ignore[union-attr]
+        assert getattr(trial.run.method, "gating", "softmax") == "softmax"
+        assert trial.run.method.name in ("dense", "simoe") or hasattr(trial.run.method, "gating")
 
 
 def test_load_balance_alpha_shares_all_stages() -> None:
@@ -68,6 +82,35 @@ def test_load_balance_alpha_shares_all_stages() -> None:
     )
     shared = stages.upstream(t.stage for t in trials)
     assert [s.key for s in shared] == [s.key for s in stages.upstream([trials[0].stage])]
+
+
+def test_sparsity_targets_beside_their_baselines() -> None:
+    base = validate(Run, {"method": {"name": "simoe", "orthogonality": 0.3}, "seed": 5})
+    dense, upcycled, *simoe = [t.run for t in trials_of(load(ROOT / "sweeps" / "sparsity_target.py"), base)]
+    assert dense.method == Dense()
+    assert upcycled.method == SparseUpcycling(num_experts=4, top_k=2)
+    targets = (0.5, 0.75, 0.9, 0.95)
+    assert [run.method for run in simoe] == [
+        SparseInterpolation(sparsity_target=target, orthogonality=0.3) for target in targets
+    ]
+    for run in (dense, upcycled, *simoe):
+        assert run == base.model_copy(update={"method": run.method})
+
+
+def test_every_method_has_three_seeds_from_the_configurations_on() -> None:
+    sweep = load(ROOT / "sweeps" / "methods.py")
+    trials = trials_of(sweep, validate(Run, {"seed": 40, "optimization": {"max_steps": 7}}))
+    seeds: dict[str, list[int]] = {}
+    for trial in trials:
+        seeds.setdefault(trial.run.method.name, []).append(trial.run.seed)
+        assert trial.run.optimization.max_steps == 7
+    assert seeds == {name: [40, 41, 42] for name in ("dense", "su", "trsu", "crsu", "simoe")}
+    assert sweep.average_over == "seed"
+
+
+def test_averages_are_over_a_swept_parameter() -> None:
+    with pytest.raises(InputError, match=r"^experts: average_over: no trial has 'seed'$"):
+        trials_of(dataclasses.replace(sweep_over(2, 4), average_over="seed"), Run())
 
 
 def test_every_configuration_dry_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,3 +242,44 @@ def test_a_shared_stage_that_fails_fails_only_the_trials_that_need_it(tmp_path: 
         trials[3].key: "data.train: x has no rows",
     }
     assert calls == ["good", "bad"]
+
+
+# ---- what a finished trial leaves in MLflow
+
+
+def test_masks_and_figures_of_a_finished_trial_are_artifacts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, trial = Store(tmp_path / "runs"), trials_of(sweep_over(2), Run())[0]
+    evaluation = {"step": 4.0, "eval/loss": 2.0, "masks/sparsity": 0.75, "model/active_parameters": 100.0}
+
+    def build(folder: Path) -> dict[str, Any]:
+        (folder / "figures").mkdir()
+        (folder / "figures" / "overlap.png").write_bytes(b"overlap")
+        (folder / "figures" / "where.png").write_bytes(b"where")
+        (folder / "masks.json").write_text("{}")
+        return {"evaluations": [evaluation], "cost": {}}
+
+    store.make(trial.stage.name, trial.stage.identity, build)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    ledger = Ledger("raymoe", uri)
+    ledger.sweep("experts-1", "how many?", {"sweep": "experts", "average_over": "num_experts"}, "")
+    book = _Book(ledger, sweep_over(2), {trial.key: trial}, store)
+    book.ended(trial.key, None)
+    assert ledger.close("FINISHED")
+    client = MlflowClient(uri)
+    (run,) = [
+        r
+        for r in client.search_runs([client.get_experiment_by_name("raymoe").experiment_id])
+        if TRIAL_KEY in r.data.tags
+    ]
+    names = [a.path for folder in (None, "figures") for a in client.list_artifacts(run.info.run_id, folder)]
+    assert sorted(names) == ["figures", "figures/overlap.png", "figures/where.png", "masks.json", "run.yaml"]
+    assert Path(client.download_artifacts(run.info.run_id, "figures/where.png")).read_bytes() == b"where"
+    summary = {k: v for k, v in run.data.metrics.items() if k.startswith(("best/", "final/"))}
+    assert summary == {
+        "best/loss": 2.0, "final/loss": 2.0, "final/masks/sparsity": 0.75, "final/model/active_parameters": 100.0,
+    }  # fmt: skip
+    (read,) = read_sweeps(uri=uri)
+    assert read.average_over == "num_experts"

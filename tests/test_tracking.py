@@ -237,6 +237,25 @@ def test_best_is_the_smallest_loss_and_the_most_right_answers() -> None:
     assert best_and_final([]) == {}
 
 
+def test_what_describes_the_model_has_an_end_but_no_best() -> None:
+    rows = [
+        {"step": 1.0, "eval/loss": 3.0, "masks/sparsity": 0.5, "model/active_parameters": 10.0},
+        {
+            "step": 2.0,
+            "eval/loss": 2.0,
+            "masks/sparsity": 0.75,
+            "model/active_parameters": 8.0,
+            "train/tokens": 9.0,
+        },
+    ]
+    assert best_and_final(rows) == {
+        "best/loss": 2.0,
+        "final/loss": 2.0,
+        "final/masks/sparsity": 0.75,
+        "final/model/active_parameters": 8.0,
+    }
+
+
 def test_the_same_sweep_again_goes_on_in_the_same_runs(uri: str, tmp_path: Path) -> None:
     log = MetricLog(tmp_path / "metrics.jsonl")
     rows = {step: {**training(step), **evaluation(step)} for step in range(1, 6)}
@@ -492,6 +511,36 @@ def test_sweeps_read_back_as_they_were_logged(uri: str, tmp_path: Path) -> None:
     assert (second.status, second.error) == ("FAILED", "broke")
     with pytest.raises(InputError, match=r"^report: no sweep other in .*; there are: new-1, old-1$"):
         read_sweeps("other", uri)
+
+
+def test_what_evaluations_say_of_the_model_is_read_back(uri: str, tmp_path: Path) -> None:
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    of_masks = {"masks/overlap": 0.25, "masks/other": 1.0, "model/active_parameters": 100.0}
+    for step in range(1, 5):  # training steps log them too
+        log.append(step, {**training(step), "masks/sparsity": step / 100})
+        if step % 2 == 0:
+            time.sleep(0.002)  # evaluated after the step, by milliseconds
+            log.append(step, {**evaluation(step), "masks/sparsity": step / 10, **of_masks})
+    ledger = Ledger("raymoe", uri)
+    open_trial(ledger, log.file)
+    ledger.finish("train-1", "FINISHED")
+    assert ledger.close("FINISHED")
+    (sweep,) = read_sweeps(uri=uri)
+    (row,) = sweep.rows
+    shown = {"masks/overlap": 0.25, "model/active_parameters": 100.0}
+    assert list(row.evaluations) == [
+        {"step": s, **evaluation(s), "masks/sparsity": s / 10, **shown} for s in (2, 4)
+    ]
+    assert sweep.average_over is None
+
+
+def test_what_to_average_over_is_known_of_a_sweep_that_is_there_already(uri: str) -> None:
+    for tags in ({"sweep": "s"}, {"sweep": "s", "average_over": "seed"}):
+        ledger = Ledger("raymoe", uri)
+        ledger.sweep("s-1", "why?", tags, "")
+        assert ledger.close("FINISHED")
+    (sweep,) = read_sweeps(uri=uri)
+    assert sweep.average_over == "seed"
 
 
 def test_nothing_to_read(uri: str, tmp_path: Path) -> None:

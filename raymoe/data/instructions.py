@@ -340,6 +340,8 @@ class Batch:
     """(start, end) of each document in the flattened batch."""
     completion_lengths: tuple[int, ...]
     """Labels of each document."""
+    records: tuple[int, ...]
+    """Index of each document's example."""
 
     @property
     def num_tokens(self) -> int:
@@ -388,6 +390,7 @@ def collate(encoded: Encoded, windows: Sequence[NDArray[np.integer[Any]]], max_l
         targets=torch.from_numpy(np.flatnonzero(labels != -100)),
         documents=tuple(documents),
         completion_lengths=tuple(completions),
+        records=tuple(records),
     )
 
 

@@ -14,19 +14,21 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raymoe.data.instructions import Batch, Encoded, collate
 from raymoe.models.packed_attention import PACKED_ATTENTION, completion_losses
+
+if TYPE_CHECKING:
+    import ray
 
 SCORES = "scores.parquet"
 BLOCKS_PER_ACTOR = 16
@@ -205,6 +207,8 @@ def run_actors(
 
     Rows are a few integers each and come back in any order; data belongs on disk, where actors find it.
     """
+    import ray  # here: what scores and represents works on machines without it
+
     cluster = ray.cluster_resources()
     cpus = cluster.get("CPU", 1.0)
     count = min(actors or (max(1, int(cluster.get("GPU", 1))) if gpu else 1), len(rows))
@@ -240,6 +244,8 @@ def _on_threads(actor: type[Any]) -> type[Any]:
 
 def _quiet_context() -> ray.data.DataContext:
     """Progress bars on a terminal only; no plan on the log."""
+    import ray
+
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = sys.stderr.isatty()
     context.enable_operator_progress_bars = False

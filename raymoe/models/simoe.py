@@ -265,7 +265,7 @@ class Interpolated:
                 if segments
                 else "factored"
             )
-        parts = coefficients_SG.split(self.layout.widths, dim=1)
+        parts = torch.split(coefficients_SG, self.layout.widths, dim=1)
         self.blend = Blend(parts, samples, segments, tuple(live or [None] * len(parts)), form)
 
     def clear(self) -> None:
@@ -287,10 +287,12 @@ class Interpolated:
 
         Weights are merged in fp32 and rounded once, to the model's dtype.
         """
-        with torch.no_grad():
-            for layer, c in zip(self.layers, coefficients_G.split(self.layout.widths), strict=True):
-                layer.merged = merged_weight(layer.weight, layer.delta, c).to(layer.weight.dtype)
         try:
+            with torch.no_grad():
+                for layer, c in zip(
+                    self.layers, torch.split(coefficients_G, self.layout.widths), strict=True
+                ):
+                    layer.merged = merged_weight(layer.weight, layer.delta, c).to(layer.weight.dtype)
             yield
         finally:
             for layer in self.layers:
@@ -361,6 +363,7 @@ class InterpolatedLinear(InterpolatedLayer):
         arguments = (
             x.flatten(0, -2),
             self.weight,
+            self.bias,
             self.delta,
             blend.parts[self.index],
             blend.live[self.index],
@@ -369,8 +372,7 @@ class InterpolatedLinear(InterpolatedLayer):
             y: Tensor = _Merged.apply(*arguments, blend.segments)
         else:
             y = _Factored.apply(*arguments, samples)
-        y = y.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
 
 
 class InterpolatedNorm(InterpolatedLayer):
@@ -384,15 +386,21 @@ class InterpolatedNorm(InterpolatedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]; the first two dimensions are sequences and tokens."""
-        blend, weight = self._blend(), self.weight if self.merged is None else self.merged
-        if blend is not None and self.merged is None:
-            samples = (
-                blend.samples if blend.samples is not None else _rows(x[..., 0, :] if x.dim() > 3 else x)
-            )
-            c_ND = _Spread.apply(blend.parts[self.index], samples)
-            weight = (self.weight + c_ND.to(x.dtype) * self.delta).view(
-                *x.shape[:2], *[1] * (x.dim() - 3), -1
-            )
+        blend = self._blend()
+        if self.merged is not None or blend is None:
+            return self._normed(x, self.weight if self.merged is None else self.merged)
+        samples = blend.samples if blend.samples is not None else _rows(x[..., 0, :] if x.dim() > 3 else x)
+        n = self._normed(x, 1.0)
+        y: Tensor = _Scaled.apply(
+            n.reshape(len(samples), -1, n.shape[-1]),
+            self.weight,
+            self.delta,
+            blend.parts[self.index],
+            samples,
+        )
+        return y.view(n.shape)
+
+    def _normed(self, x: Tensor, weight: Tensor | float) -> Tensor:
         (norm,) = self._norm
         norm.__dict__["weight"] = weight
         try:
@@ -415,19 +423,29 @@ def _summed_by_sample(x_NI: Tensor, samples: Tensor, num_samples: int) -> Tensor
     return (members_SN @ x_NI).float()
 
 
-class _Spread(torch.autograd.Function):
-    """c [S, D] -> [N, D], the sample's row for every token."""
+class _Scaled(torch.autograd.Function):
+    """y = (w + c * delta) n of normalised n [N, H, D]; saves n alone, as a dense norm does.
+
+    In fp32, rounded once: in bf16 w + c * delta would be w wherever the change is below 0.2%.
+    """
 
     @staticmethod
-    def forward(ctx: Any, c_SD: Tensor, samples: Tensor) -> Tensor:
-        ctx.save_for_backward(samples)
-        ctx.num_samples = len(c_SD)
-        return c_SD.index_select(0, samples)
+    def forward(ctx: Any, n_NHD: Tensor, w_D: Tensor, d_D: Tensor, c_SD: Tensor, samples: Tensor) -> Tensor:
+        ctx.save_for_backward(n_NHD, w_D, d_D, c_SD, samples)
+        return (_token_weights(w_D, d_D, c_SD, samples) * n_NHD).to(n_NHD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (samples,) = ctx.saved_tensors
-        return _summed_by_sample(dy_ND, samples, ctx.num_samples), None
+    def backward(ctx: Any, dy_NHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        n_NHD, w_D, d_D, c_SD, samples = ctx.saved_tensors
+        dn_NHD = (_token_weights(w_D, d_D, c_SD, samples) * dy_NHD).to(dy_NHD.dtype)
+        dw_ND = (dy_NHD.float() * n_NHD).sum(1)
+        dw_SD = _summed_by_sample(dw_ND, samples, len(c_SD))
+        return dn_NHD, None, (dw_SD * c_SD).sum(0).to(d_D.dtype), dw_SD * d_D.float(), None
+
+
+def _token_weights(w_D: Tensor, d_D: Tensor, c_SD: Tensor, samples: Tensor) -> Tensor:
+    """w + c * delta of every token: fp32 [N, 1, D]."""
+    return (w_D.float() + c_SD.float() * d_D.float()).index_select(0, samples)[:, None]
 
 
 def _taken(x: Tensor, dim: int, live_J: Tensor | None) -> Tensor:
@@ -447,6 +465,7 @@ class _Factored(torch.autograd.Function):
         ctx: Any,
         x_NI: Tensor,
         w_OI: Tensor,
+        b_O: Tensor | None,
         d_IO: Tensor,
         c_SI: Tensor,
         live_J: Tensor | None,
@@ -454,7 +473,7 @@ class _Factored(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_NI, w_OI, d_IO, c_SI, live_J, samples)
         c_NJ = _taken(c_SI, 1, live_J).to(x_NI.dtype).index_select(0, samples)
-        y_NO = x_NI @ w_OI.T
+        y_NO = F.linear(x_NI, w_OI, b_O)  # bias and all, so that it is rounded where the dense model rounds
         return y_NO.addmm_(c_NJ.mul_(_taken(x_NI, 1, live_J)), _taken(d_IO, 0, live_J))
 
     @staticmethod
@@ -464,7 +483,7 @@ class _Factored(torch.autograd.Function):
         c_NJ = _taken(c_SI, 1, live_J).to(x_NI.dtype).index_select(0, samples)
         u_NJ = dy_NO @ _taken(d_IO, 0, live_J).T  # gradient of c * x
         dx_NI = dc_SI = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[4]:
             dc_SJ = _summed_by_sample(x_NJ * u_NJ, samples, len(c_SI))
             dc_SI = _put(dc_SJ, c_SI, 1, live_J)
         if ctx.needs_input_grad[0]:
@@ -472,14 +491,15 @@ class _Factored(torch.autograd.Function):
             u_NJ.mul_(c_NJ)
             dx_NI = dx_NI.add_(u_NJ) if live_J is None else dx_NI.index_add_(1, live_J, u_NJ)
         dd_JO = c_NJ.mul_(x_NJ).T @ dy_NO
-        return dx_NI, None, _put(dd_JO, d_IO, 0, live_J), dc_SI, None, None
+        return dx_NI, None, None, _put(dd_JO, d_IO, 0, live_J), dc_SI, None, None
 
 
 def merged_weight(weight: Tensor, delta: Tensor, c: Tensor) -> Tensor:
     """W + (c * delta)^T of a linear, w + c * delta of a norm, in fp32."""
     if weight.dim() == 1:
         return weight.float() + c.float() * delta.float()
-    return weight.float() + (c.float()[:, None] * delta.float()).T
+    change_IO = c.float()[:, None] * delta.float()
+    return change_IO.T.contiguous().add_(weight)  # a sum across strides takes ten times as long
 
 
 def kept_share(weight: Tensor, delta: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -493,18 +513,24 @@ def kept_share(weight: Tensor, delta: Tensor, c: Tensor, dtype: torch.dtype) -> 
     return float(((exact.to(dtype).double() - base) * wanted).sum()), float(wanted.square().sum())
 
 
-def _sample_weight(w_OI: Tensor, d_JO: Tensor, c_J: Tensor, live_J: Tensor | None) -> Tensor:
-    """The merged weight of one sample, computed in fp32, in W's dtype."""
-    change_OJ = (c_J[:, None] * d_JO).T
-    if live_J is None:
-        return (
-            torch.add(w_OI, change_OJ)
-            if w_OI.dtype == torch.float32
-            else (w_OI.float() + change_OJ).to(w_OI.dtype)
-        )
-    if w_OI.dtype == torch.float32:
-        return w_OI.index_add(1, live_J, change_OJ)
-    return w_OI.float().index_add_(1, live_J, change_OJ.float()).to(w_OI.dtype)
+class _Merge:
+    """The merged weights of one layer, one sample after the other, in one buffer.
+
+    They are [I, O], so that all passes go along the delta's rows: W is turned once, not at every sample (a sum
+    across the strides takes as long as the sample's product). Computed in fp32, in W's dtype.
+    """
+
+    def __init__(self, w_OI: Tensor, d_IO: Tensor, c_SI: Tensor, live_J: Tensor | None) -> None:
+        self.live_J, self.all_IO = live_J, w_OI.T.contiguous()
+        self.w_JO, self.d_JO = _taken(self.all_IO, 0, live_J).float(), _taken(d_IO, 0, live_J).float()
+        self.c_SJ = _taken(c_SI, 1, live_J).float()
+        self.merged_JO = torch.empty_like(self.w_JO)
+
+    def weight(self, sample: int) -> Tensor:
+        """[I, O], until the next call."""
+        torch.addcmul(self.w_JO, self.c_SJ[sample, :, None], self.d_JO, out=self.merged_JO)
+        rounded_JO = self.merged_JO.to(self.all_IO.dtype)
+        return rounded_JO if self.live_J is None else self.all_IO.index_copy_(0, self.live_J, rounded_JO)
 
 
 class _Merged(torch.autograd.Function):
@@ -512,31 +538,41 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, w_OI: Tensor, d_IO: Tensor, c_SI: Tensor, live_J: Tensor | None, segments: Any
+        ctx: Any,
+        x_NI: Tensor,
+        w_OI: Tensor,
+        b_O: Tensor | None,
+        d_IO: Tensor,
+        c_SI: Tensor,
+        live_J: Tensor | None,
+        segments: Any,
     ) -> Tensor:
         ctx.save_for_backward(x_NI, w_OI, d_IO, c_SI, live_J)
         ctx.segments = segments
-        d_JO, c_SJ = _taken(d_IO, 0, live_J), _taken(c_SI, 1, live_J)
+        merge = _Merge(w_OI, d_IO, c_SI, live_J)
         y_NO = x_NI.new_empty(len(x_NI), len(w_OI))
-        for (start, end), c_J in zip(segments, c_SJ, strict=True):
-            torch.mm(x_NI[start:end], _sample_weight(w_OI, d_JO, c_J, live_J).T, out=y_NO[start:end])
+        for s, (start, end) in enumerate(segments):
+            x, w_IO, y = x_NI[start:end], merge.weight(s), y_NO[start:end]
+            torch.mm(x, w_IO, out=y) if b_O is None else torch.addmm(b_O, x, w_IO, out=y)
         return y_NO
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_NI, w_OI, d_IO, c_SI, live_J = ctx.saved_tensors
-        d_JO, c_SJ, x_NJ = _taken(d_IO, 0, live_J), _taken(c_SI, 1, live_J), _taken(x_NI, 1, live_J)
+        merge, x_NJ = _Merge(w_OI, d_IO, c_SI, live_J), _taken(x_NI, 1, live_J)
         dx_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
-        dd_JO, dc_SJ = torch.zeros_like(d_JO, dtype=torch.float32), torch.empty_like(c_SJ)
+        dd_JO, dc_SJ = torch.zeros_like(merge.d_JO), torch.empty_like(merge.c_SJ)
+        g_JO = x_NI.new_empty(dd_JO.shape)  # gradient of one sample's merged columns
         for s, (start, end) in enumerate(ctx.segments):
             dy = dy_NO[start:end]
             if dx_NI is not None:
-                torch.mm(dy, _sample_weight(w_OI, d_JO, c_SJ[s], live_J), out=dx_NI[start:end])
-            g_JO = x_NJ[start:end].T @ dy  # gradient of this sample's merged columns
-            torch.linalg.vecdot(g_JO.float(), d_JO.float(), out=dc_SJ[s])
-            dd_JO.addcmul_(g_JO.float(), c_SJ[s].float()[:, None])
-        dc_SI = _put(dc_SJ, c_SI, 1, live_J) if ctx.needs_input_grad[3] else None
-        return dx_NI, None, _put(dd_JO.to(d_IO.dtype), d_IO, 0, live_J), dc_SI, None, None
+                torch.mm(dy, merge.weight(s).T, out=dx_NI[start:end])
+            torch.mm(x_NJ[start:end].T, dy, out=g_JO)
+            exact_JO = g_JO.float()
+            dd_JO.addcmul_(exact_JO, merge.c_SJ[s, :, None])
+            torch.sum(exact_JO.mul_(merge.d_JO), 1, out=dc_SJ[s])
+        dc_SI = _put(dc_SJ, c_SI, 1, live_J) if ctx.needs_input_grad[4] else None
+        return dx_NI, None, None, _put(dd_JO.to(d_IO.dtype), d_IO, 0, live_J), dc_SI, None, None
 
 
 # ---- from the dense model

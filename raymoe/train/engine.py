@@ -51,7 +51,7 @@ def start(
     if config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [SparseMoE], raise_if_not_found=False)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [p for p in model.parameters() if p.requires_grad],
         lr=optimization.learning_rate,
         betas=(optimization.beta1, optimization.beta2),
         eps=optimization.epsilon,
@@ -118,13 +118,18 @@ def finite(module: nn.Module) -> bool:
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Write this worker's share of the checkpoint below `folder`; every worker calls it."""
-    engine.save_checkpoint(str(folder), tag=TAG, client_state={"raymoe": dict(state)})
+    """Write this worker's share of the checkpoint below `folder`; every worker calls it.
+
+    Frozen parameters are left out: they are the dense model's.
+    """
+    client_state = {"raymoe": dict(state)}
+    engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, exclude_frozen_parameters=True)
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     """Load what `save` wrote (by all workers, merged) and return its state."""
-    path, client_state = engine.load_checkpoint(str(folder), tag=TAG)
+    frozen = any(not p.requires_grad for p in engine.module.parameters())
+    path, client_state = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not frozen)
     if path is None:
         raise RuntimeError(f"{folder}: no DeepSpeed checkpoint {TAG!r} in it")
     return dict(client_state["raymoe"])

@@ -6,7 +6,7 @@ import time
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PEAK_BFLOAT16 = {  # dense TFLOP/s as the vendor states them
@@ -45,7 +45,7 @@ def active_parameters(model: PreTrainedModel, top_k: int) -> int:
     )
     total = 0
     for name, parameter in model.named_parameters():
-        size = _numel(parameter)
+        size = num_parameters(parameter)
         if parameter is embedding.weight and not tied:
             continue
         total += size * top_k // _experts(model, name) if ".experts." in name else size
@@ -57,7 +57,7 @@ def _experts(model: nn.Module, name: str) -> int:
     return int(module.num_experts)  # type: ignore[arg-type]
 
 
-def _numel(parameter: nn.Parameter) -> int:
+def num_parameters(parameter: Tensor) -> int:
     """Size of a parameter, of a partitioned one (ZeRO-3) the whole."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 

@@ -22,10 +22,14 @@ class TrainJob:
     """Encoded instructions: `train/` and `validation/`."""
     out: Path
     """Gets `model/`, `evaluations.json`."""
+    prompts: Path | None = None
+    """Representations of all prompts, for SIMoE's router: `train.npy`, `validation.npy`."""
     log_every: int = 1
     """Steps whose metrics are read from the device together: one synchronisation."""
 
 
+FIRST_STEPS = 0.1
+"""Share of training in which SIMoE's gates should not saturate."""
 STOPPED_EARLY = "stopped early"
 """Why a trial ended that its scheduler gave up on."""
 

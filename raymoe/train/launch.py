@@ -61,8 +61,19 @@ def fit(job: TrainJob, name: str, storage: Path) -> dict[str, Any]:
     if failure.is_file():
         raise TrainingFailed(failure.read_text())
     shutil.copy(metric_log(storage, name), job.out / "metrics.jsonl")
+    _draw_masks(job)
     (job.out / "run.json").write_text(job.run.model_dump_json(indent=1))
     return _info(job, workers.count, workers.gpu, time.time() - started)
+
+
+def _draw_masks(job: TrainJob) -> None:
+    """Figures of a SIMoE run, of what its worker wrote."""
+    if not (job.out / "masks.json").is_file():
+        return
+    from raymoe.analysis.figures import draw
+
+    description = json.loads((job.out / "masks.json").read_text())
+    draw(description, read_rows(job.out / "metrics.jsonl"), description["sizes"], job.out / "figures")
 
 
 def clean(name: str, storage: Path) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,17 +20,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from raymoe.config import Experts, Run
+from raymoe.config import Dense, Experts, Run, SparseInterpolation
 from raymoe.data.instructions import Batch, Encoded, collate
 from raymoe.evaluate import Evaluator, summed
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.packed_attention import PACKED_ATTENTION
+from raymoe.models.simoe import interpolate
 from raymoe.train import engine as deepspeed_engine
-from raymoe.train.flops import peak_flops, training_flops_per_token
+from raymoe.train.flops import active_parameters, num_parameters, peak_flops, training_flops_per_token
 from raymoe.train.job import STOPPED_EARLY, TrainingFailed, TrainJob
+from raymoe.train.masks import MaskTrainer
 from raymoe.train.order import Order, learning_rate, micro_batches, milestone_steps
 from raymoe.upcycle import expand, load_recipe
 from raymoe.upcycle.checkpoint import write_model
+from raymoe.upcycle.simoe import write_simoe
 
 LAYOUT = "layout.json"
 
@@ -105,11 +109,13 @@ class Trainer:
         config = deepspeed_engine.deepspeed_config(
             run.precision, run.optimization, execution, self.micro_batch, self.accumulation
         )
-        model = load_model(self.job, config if config["zero_optimization"]["stage"] == 3 else None)
+        partition = config if config["zero_optimization"]["stage"] == 3 else None
+        model = load_model(self.job, partition)
         if execution.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.flops_per_token = training_flops_per_token(model, self.run.data.max_length, _top_k(run))
         self.peak_flops = peak_flops(self.session.device, run.precision) * self.session.world_size
+        self.masks = self._interpolated(model, partition)
         self.engine = deepspeed_engine.start(
             CausalLoss(model).to(self.session.device), config, run.optimization
         )
@@ -120,7 +126,30 @@ class Trainer:
             rank=self.session.rank,
             world_size=self.session.world_size,
             max_length=run.data.max_length,
-            synced=config["zero_optimization"]["stage"] == 3 and self.session.world_size > 1,
+            synced=partition is not None and self.session.world_size > 1,
+            applied=self.masks.held_out if self.masks else None,
+        )
+
+    def _interpolated(
+        self, model: PreTrainedModel, partition: Mapping[str, Any] | None
+    ) -> MaskTrainer | None:
+        """Make `model` SIMoE's if that is the method; returns what trains beside the engine."""
+        method, job = self.run.method, self.job
+        if not isinstance(method, SparseInterpolation):
+            return None
+        if job.prompts is None:
+            raise ValueError("SIMoE's router needs the prompts' representations")
+        return MaskTrainer(
+            method,
+            interpolate(model, (lambda m: deepspeed_engine.partition(m, partition)) if partition else None),
+            job.prompts,
+            seed=self.run.seed,
+            total_steps=self.order.total_steps,
+            device=self.session.device,
+            world_size=self.session.world_size,
+            learning_rate=self.run.optimization.learning_rate,
+            precision=self.run.precision,
+            form=None if job.execution.simoe_form == "auto" else job.execution.simoe_form,
         )
 
     def restore(self) -> None:
@@ -128,6 +157,8 @@ class Trainer:
         if folder := self.session.checkpoint():
             self._check_layout(folder)
             self.state = State(**deepspeed_engine.restore(self.engine, folder))
+            if self.masks:
+                self.masks.load(folder)
             self.session.resumed(self.state.step)
 
     def _layout(self) -> dict[str, int]:
@@ -147,15 +178,22 @@ class Trainer:
         """One optimizer step over the global batch of `state.step`."""
         windows = self.order.windows(self.state.step)
         rate = learning_rate(self.state.step, self.order.total_steps, self.run.optimization)
-        deepspeed_engine.set_learning_rate(self.engine, rate)
+        scheduled = rate / self.run.optimization.learning_rate
+        deepspeed_engine.set_learning_rate(
+            self.engine, rate if not self.masks else scheduled * self.masks.delta_rate
+        )
         completion, real = _token_counts(self.encoded, windows)
         mine = windows[self.session.rank :: self.session.world_size]
         total: dict[str, Tensor] = {}
+        if self.masks:
+            self.masks.begin(self.state.step)
         for start in range(0, len(mine), self.micro_batch):
             batch = collate(
                 self.encoded, mine[start : start + self.micro_batch], self.run.data.max_length
             ).to(self.session.device)
             _add(total, self._forward_backward(batch, completion, real))
+        if self.masks:
+            total |= self.masks.end(self.state.step, scheduled)
         self.state.step += 1
         self.state.tokens += real
         self._log(total, rate, real)
@@ -172,6 +210,8 @@ class Trainer:
              + alpha * load-balance loss, every sequence weighted by its share of the global batch's tokens.
         DeepSpeed averages gradients over workers, hence the factor world_size.
         """
+        if self.masks:
+            self.masks.set(batch)
         nll, balance, load, entropy = self.engine(batch)
         share = batch.num_tokens / real
         loss = nll.sum() / completion + _alpha(self.run) * balance * share
@@ -195,6 +235,7 @@ class Trainer:
             "train/learning_rate": rate,
             "train/tokens": float(self.state.tokens),
             "train/progress": self.state.step / self.order.total_steps,
+            **({"masks/target": self.masks.target(self.state.step - 1)} if self.masks else {}),
         }
         self.pending.append((known, metrics))
         if len(self.pending) >= self.job.log_every:
@@ -219,7 +260,10 @@ class Trainer:
                 **known,
                 "system/tokens_per_second": rate,
                 "system/mfu": rate * self.flops_per_token / self.peak_flops,
+                "system/peak_memory_bytes": peak_memory(self.session.device),
             }
+            if self.masks:
+                self.masks.read(step, named)
             if self.session.rank == 0:
                 self.session.log(step, named)
             if not math.isfinite(named["train/loss"]):
@@ -233,13 +277,24 @@ class Trainer:
         self.flush()
         self._check_stop()
         self._check_parameters()
-        metrics = self.evaluator.measure(self.engine, self.engine.module.model)
+        metrics = self.evaluator.measure(self.engine, self.engine.module.model) | self._sizes()
         row = {"step": float(self.state.step), "train/tokens": float(self.state.tokens), **metrics}
         self.state.evaluations.append(row)
         if self.session.rank == 0:
             self.session.log(self.state.step, metrics)
         self.session.report(row, self._save if self.state.step else None)
         self.clock = time.perf_counter()
+
+    def _sizes(self) -> dict[str, float]:
+        """Parameters that are stored, and that one token meets (SIMoE: unmerged, without dead columns)."""
+        model = self.engine.module.model
+        if self.masks:
+            return self.masks.measure(self.evaluator.held_out)
+        embeddings = model.get_input_embeddings().weight
+        tied = embeddings is model.get_output_embeddings().weight
+        active = active_parameters(model, _top_k(self.run)) + (0 if tied else num_parameters(embeddings))
+        total = sum(num_parameters(p) for p in model.parameters())
+        return {"model/parameters": float(total), "model/active_parameters": float(active)}
 
     def _check_stop(self) -> None:
         """Raises TrainingFailed, on all workers alike, if the run is to end early."""
@@ -248,7 +303,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """Raises TrainingFailed if the last update left parameters that are no numbers: nothing of it is kept."""
-        if not deepspeed_engine.finite(self.engine.module):
+        if not (deepspeed_engine.finite(self.engine.module) and (not self.masks or self.masks.finite())):
             raise TrainingFailed(f"parameters are not finite after step {self.state.step}")
 
     def _checkpoint_due(self) -> bool:
@@ -258,6 +313,8 @@ class Trainer:
     def _save(self, folder: Path) -> None:
         deepspeed_engine.save(self.engine, folder, vars(self.state))
         if self.session.rank == 0:
+            if self.masks:
+                self.masks.save(folder)
             (folder / LAYOUT).write_text(json.dumps(self._layout()))
 
     def finish(self) -> None:
@@ -268,11 +325,20 @@ class Trainer:
             # what workers that were killed right after writing it left
             shutil.rmtree(self.job.out / "model", ignore_errors=True)
             dtype = torch.bfloat16 if self.run.precision == "bfloat16" else torch.float32
-            write_model(self.job.out / "model", self.job.dense, self.run.method, tensors, dtype)
+            self._write(self.job.out / "model", tensors, dtype)
             (self.job.out / "evaluations.json").write_text(json.dumps(self.state.evaluations, indent=1))
         else:
             for _ in tensors:
                 pass
+
+    def _write(self, out: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+        if self.masks:
+            masks, description = self.masks.finished(self.encoded, self.evaluator.held_out)
+            write_simoe(out, self.job.dense, masks, tensors, dtype)
+            (self.job.out / "masks.json").write_text(json.dumps(description, indent=1))
+        else:
+            assert isinstance(self.run.method, Dense | Experts)
+            write_model(out, self.job.dense, self.run.method, tensors, dtype)
 
 
 def load_model(job: TrainJob, partition: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -300,6 +366,13 @@ def load_model(job: TrainJob, partition: Mapping[str, Any] | None = None) -> Pre
         )
     model.config.use_cache = False
     return model
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most bytes so far: allocated on a GPU, resident of this process on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _alpha(run: Run) -> float:

@@ -218,10 +218,10 @@ def materialize(
             or the router does not fit it.
     """
     spans = dense_tensors(dense)
-    config = _read_config(dense)
+    config = read_config(dense)
     plan = _sparse_plan(config, spans, method, router)
-    with _new_folder(out, plan) as folder:
-        _write_companions(folder, dense, sparse_config(config, method))
+    with new_folder(out, total_bytes(plan)) as folder:
+        write_companions(folder, dense, sparse_config(config, method))
         with ShardWriter(folder, plan, max_shard_bytes) as writer:
             for name, source in _sparse_tensors(config, spans, method, router, start):
                 writer.write(name, source)
@@ -245,12 +245,12 @@ def write_model(
         InputError: `out` is not empty, or the disk is full.
         ValueError: a tensor is missing, unknown or of another shape.
     """
-    spans, config = dense_tensors(dense), _read_config(dense)
+    spans, config = dense_tensors(dense), read_config(dense)
     plan = _trained_plan(config, spans, method, dtype)
     exported = sparse_config(config, method) if isinstance(method, Experts) else config
     exported.dtype = dtype
-    with _new_folder(out, plan) as folder:
-        _write_companions(folder, dense, exported)
+    with new_folder(out, total_bytes(plan)) as folder:
+        write_companions(folder, dense, exported)
         with ShardWriter(folder, plan, max_shard_bytes) as writer:
             for name, tensor in tensors:
                 for exported_name, part in _exported(name, tensor, config, method, plan):
@@ -263,19 +263,32 @@ def copy_model(model: Path, out: Path) -> None:
     Raises:
         InputError: `out` is there already, or can't be written.
     """
-    with _new_folder(out, dense_tensors(model)) as folder:
+    with new_folder(out, total_bytes(dense_tensors(model))) as folder:
         shutil.copytree(model, folder, dirs_exist_ok=True)
 
 
+def copy_dense(dense: Path, folder: Path) -> None:
+    """Copy a dense model into the new `folder`: what loading needs, its licence, and nothing else of its folder."""
+    folder.mkdir()
+    index = dense / "model.safetensors.index.json"
+    for file in (dense / "config.json", *([index] if index.is_file() else []), *_weight_files(dense)):
+        shutil.copyfile(file, folder / file.name)
+    _copy_companions(folder, dense)
+
+
 @contextmanager
-def _new_folder(out: Path, plan: Mapping[str, Slot]) -> Iterator[Path]:
-    """A hidden sibling of `out` that becomes `out` at the end, and vanishes if anything goes wrong."""
+def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
+    """A hidden sibling of `out` that becomes `out` at the end, and vanishes if anything goes wrong.
+
+    Raises:
+        InputError: `out` is not empty, can't be written, or the disk has no room for `num_bytes`.
+    """
     partial = out.parent / f".partial-{out.name}-{uuid.uuid4().hex[:8]}"
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out}: exists already and is not an empty folder")
         partial.mkdir(parents=True)
-        _check_room(out, sum(slot.num_bytes for slot in plan.values()))
+        _check_room(out, num_bytes)
         yield partial
         partial.rename(out)
     except OSError as error:
@@ -292,16 +305,21 @@ def _check_room(out: Path, needed: int) -> None:
         )
 
 
-def _write_companions(folder: Path, dense: Path, config: PreTrainedConfig) -> None:
+def write_companions(folder: Path, dense: Path, config: PreTrainedConfig) -> None:
     """Config and everything else but the weights."""
     config.save_pretrained(folder)
+    _copy_companions(folder, dense)
+
+
+def _copy_companions(folder: Path, dense: Path) -> None:
     for pattern in COPIED_FILES:
         for file in dense.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
 
 
-def _read_config(dense: Path) -> PreTrainedConfig:
+def read_config(dense: Path) -> PreTrainedConfig:
+    """The config of the model in folder `dense`; InputError if there is none."""
     if not (dense / "config.json").is_file():
         raise InputError(f"{dense}: no model here (config.json is missing)")
     try:
@@ -329,6 +347,16 @@ class Slot:
     def num_bytes(self) -> int:
         """Size on disk."""
         return math.prod(self.shape) * _WIDTHS[self.dtype]
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, *shape: int) -> Slot:
+        """Room for a tensor of torch's `dtype`."""
+        return cls(_NAMES[dtype], shape)
+
+
+def total_bytes(plan: Mapping[str, Slot]) -> int:
+    """Size of all tensors of `plan` on disk."""
+    return sum(slot.num_bytes for slot in plan.values())
 
 
 @dataclass(frozen=True)
@@ -405,13 +433,14 @@ def _sparse_tensors(
     for layer, rows_ND in enumerate(router):
         yield layout.router(layer), rows_ND
         if start is not None:
-            dense = FFN(*(_load(spans, f"model.layers.{layer}.mlp.{p}.weight") for p in FFN._fields))
+            dense = FFN(*(load_tensor(spans, f"model.layers.{layer}.mlp.{p}.weight") for p in FFN._fields))
             for expert in range(method.num_experts):
                 for projection, weight in start(dense, layer, expert)._asdict().items():
                     yield layout.expert(layer, expert, projection), weight
 
 
-def _load(spans: Mapping[str, Span], name: str) -> Tensor:
+def load_tensor(spans: Mapping[str, Span], name: str) -> Tensor:
+    """One of the tensors that `dense_tensors` found."""
     with safe_open(spans[name].file, framework="pt") as file:
         return file.get_tensor(name)  # type: ignore[no-any-return]
 
@@ -451,8 +480,14 @@ def _experts(layout: Layout, layer: str, stacked: str, tensor_N: Tensor) -> Iter
 
 # safetensors: 8 bytes of header length, a JSON header, then the tensors' bytes
 
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+}
+_WIDTHS = {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -502,6 +537,8 @@ def _spans(file: Path) -> dict[str, Span]:
 
 def _span(file: Path, data: int, dtype: str, shape: list[int], data_offsets: list[int]) -> Span:
     start, end = data_offsets
+    if not _DTYPES[dtype].is_floating_point:
+        raise ValueError(f"it has a tensor of {dtype}")
     span = Span(dtype, tuple(shape), False, file, data + start)
     if start < 0 or end - start != span.num_bytes:
         raise ValueError(f"offsets {data_offsets} do not fit {dtype} {shape}")
@@ -515,7 +552,14 @@ class ShardWriter:
     no tensor is held. Used as a context; on a clean exit every tensor must have been written.
     """
 
-    def __init__(self, folder: Path, plan: Mapping[str, Slot], max_shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        plan: Mapping[str, Slot],
+        max_shard_bytes: float = SHARD_BYTES,
+        stem: str = "model",
+    ) -> None:
+        """`stem`: what the files' names start with."""
         self.plan = plan
         self.missing = {name for name, slot in plan.items() if not slot.zero}
         self.places: dict[str, tuple[int, int]] = {}
@@ -524,9 +568,9 @@ class ShardWriter:
         self.sources: dict[Path, int] = {}
         shards = _shards(plan, max_shard_bytes)
         for number, names in enumerate(shards, 1):
-            self._open(folder / _shard_name(number, len(shards)), names)
+            self._open(folder / _shard_name(stem, number, len(shards)), names)
         if len(shards) > 1:
-            _write_index(folder, plan, shards)
+            _write_index(folder, stem, plan, shards)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -573,7 +617,7 @@ class ShardWriter:
         return self.sources[file]
 
 
-def _shards(plan: Mapping[str, Slot], max_shard_bytes: int) -> list[list[str]]:
+def _shards(plan: Mapping[str, Slot], max_shard_bytes: float) -> list[list[str]]:
     """Names of the tensors of each shard, in the plan's order."""
     shards: list[list[str]] = [[]]
     size = 0
@@ -586,15 +630,14 @@ def _shards(plan: Mapping[str, Slot], max_shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _shard_name(number: int, total: int) -> str:
-    return "model.safetensors" if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+def _shard_name(stem: str, number: int, total: int) -> str:
+    return f"{stem}.safetensors" if total == 1 else f"{stem}-{number:05d}-of-{total:05d}.safetensors"
 
 
-def _write_index(folder: Path, plan: Mapping[str, Slot], shards: list[list[str]]) -> None:
-    files = {name: _shard_name(i, len(shards)) for i, names in enumerate(shards, 1) for name in names}
-    total = sum(slot.num_bytes for slot in plan.values())
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _write_index(folder: Path, stem: str, plan: Mapping[str, Slot], shards: list[list[str]]) -> None:
+    files = {name: _shard_name(stem, i, len(shards)) for i, names in enumerate(shards, 1) for name in names}
+    index = {"metadata": {"total_size": total_bytes(plan)}, "weight_map": files}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def _header(slots: Mapping[str, Slot]) -> tuple[bytes, int]:

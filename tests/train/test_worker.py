@@ -5,110 +5,34 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
 from transformers import AutoModelForCausalLM
 
-from raymoe.config import Dense, Evaluation, Execution, Model, Optimization, Run, SparseUpcycling
+from raymoe.config import Dense, Run, SparseUpcycling
 from raymoe.data.instructions import Encoded, collate, prepare
 from raymoe.evaluate import evaluate_folder
 from raymoe.train.job import TrainingFailed, TrainJob
 from raymoe.train.order import Order, learning_rate
 from raymoe.train.worker import Trainer, train
-from raymoe.upcycle import router, write_recipe
-
-LENGTH = 128
-
-
-class LocalSession:
-    """One worker without Ray: rows and reports in memory, checkpoints in a folder."""
-
-    def __init__(
-        self, folder: Path | None = None, resume: bool = False, stop_after: int | None = None
-    ) -> None:
-        self.rank, self.world_size, self.device = 0, 1, torch.device("cpu")
-        self.folder, self.resume, self.stop_after = folder, resume, stop_after
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def checkpoint(self) -> Path | None:
-        return self.folder if self.resume else None
-
-    def stop_requested(self) -> bool:
-        return False
-
-    def resumed(self, step: int) -> None:
-        self.resumed_at = step
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.rows.append((step, dict(metrics)))
-
-    def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
-        if save and self.folder:
-            save(self.folder)
-        if metrics["step"] == self.stop_after:
-            raise KeyboardInterrupt
-
-    def losses(self) -> dict[int, float]:
-        return {step: m["train/loss"] for step, m in self.rows if "train/loss" in m}
 
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process group of a single worker, as Ray Train would set it up."""
-    _environment(monkeypatch.setenv, 0, 1, _free_port())
-
-
-def _environment(put: Callable[[str, str], Any], rank: int, world: int, port: int) -> None:
-    for name, value in {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }.items():
-        put(name, str(value))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    environment(monkeypatch.setenv, 0, 1, free_port())
 
 
 @pytest.fixture(scope="module")
 def encoded(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("encoded")
-    run = _run(pico, data_folder)
+    run = small_run(pico, data_folder)
     prepare(run.data, pico, out, corpus=None, seed=0)
     return out
-
-
-def _run(pico: Path, data: Path, method: Any = None, **optimization: Any) -> Run:
-    values = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 6, "num_epochs": 3, **optimization}
-    return Run(
-        model=Model(name=str(pico)),
-        data={"train": str(data), "max_length": LENGTH},  # type: ignore[arg-type]
-        method=method or Dense(),
-        optimization=Optimization(**values),
-        evaluation=Evaluation(milestones=(0, 0.5, 1), generation_examples=2, max_new_tokens=4),
-    )
-
-
-def _job(run: Run, pico: Path, encoded: Path, out: Path, **execution: Any) -> TrainJob:
-    out.mkdir(parents=True, exist_ok=True)
-    recipe = None
-    if not isinstance(run.method, Dense):
-        recipe = out / "recipe"
-        rows = router(run.method, num_layers=2, width=32, clusters=None, seed=0)
-        write_recipe(recipe, pico, run.method, rows)
-    options = {"micro_batch": 2, "zero_stage": 0, **execution}
-    return TrainJob(run, Execution(**options), pico, recipe, encoded, out)
 
 
 def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
@@ -145,9 +69,9 @@ def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
 def test_dense_training_equals_a_bare_pytorch_loop(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
 ) -> None:
-    run = _run(pico, data_folder, weight_decay=0.1)
+    run = small_run(pico, data_folder, weight_decay=0.1)
     session = LocalSession()
-    train(_job(run, pico, encoded, tmp_path / "out", zero_stage=zero_stage), session)
+    train(small_job(run, pico, encoded, tmp_path / "out", zero_stage=zero_stage), session)
     expected = _bare_loop(run, pico, encoded)
     assert len(expected) == 6
     assert list(session.losses().values()) == pytest.approx(expected, abs=2e-4)
@@ -160,7 +84,7 @@ def test_a_sparse_run_starts_where_the_dense_one_does(
     first = {}
     for method in (Dense(), SparseUpcycling(num_experts=4, load_balance_alpha=0.0)):
         session = LocalSession()
-        train(_job(_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session)
+        train(small_job(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session)
         first[method.name] = session.rows
     dense, sparse = first["dense"], first["su"]
     assert sparse[0][1]["eval/loss"] == pytest.approx(dense[0][1]["eval/loss"], abs=1e-5)
@@ -175,7 +99,7 @@ def test_load_balance_weight_lowers_the_load_balance_loss(
     for alpha in (0.0, 10.0):
         session = LocalSession()
         method = SparseUpcycling(num_experts=4, load_balance_alpha=alpha, router_std=1.0)
-        train(_job(_run(pico, data_folder, method), pico, encoded, tmp_path / str(alpha)), session)
+        train(small_job(small_run(pico, data_folder, method), pico, encoded, tmp_path / str(alpha)), session)
         last[alpha] = [m["train/load_balance_loss"] for _, m in session.rows if "train/loss" in m]
     assert last[0.0][0] == pytest.approx(last[10.0][0], abs=1e-5)  # the same start
     assert last[10.0][-1] < last[0.0][-1] - 0.01
@@ -185,15 +109,15 @@ def test_load_balance_weight_lowers_the_load_balance_loss(
 def test_a_resumed_run_has_the_identical_next_losses(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
 ) -> None:
-    run = _run(pico, data_folder, SparseUpcycling(num_experts=4))
-    job = _job(run, pico, encoded, tmp_path / "a", zero_stage=zero_stage, checkpoint_every=2)
+    run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
+    job = small_job(run, pico, encoded, tmp_path / "a", zero_stage=zero_stage, checkpoint_every=2)
     whole = LocalSession()
     train(job, whole)
     stopped = LocalSession(tmp_path / "checkpoint", stop_after=4)
     with pytest.raises(KeyboardInterrupt):
         train(job, stopped)
     resumed = LocalSession(tmp_path / "checkpoint", resume=True)
-    again = _job(run, pico, encoded, tmp_path / "b", zero_stage=zero_stage, checkpoint_every=2)
+    again = small_job(run, pico, encoded, tmp_path / "b", zero_stage=zero_stage, checkpoint_every=2)
     evaluations = train(again, resumed)
     assert resumed.resumed_at == 4
     assert resumed.losses() == {step: loss for step, loss in whole.losses().items() if step > 4}
@@ -210,8 +134,8 @@ def _equal_but_time(a: list[dict[str, float]], b: list[dict[str, float]]) -> boo
 def test_the_exported_folder_measures_in_stock_transformers_as_in_training(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder, SparseUpcycling(num_experts=4))
-    evaluations = train(_job(run, pico, encoded, tmp_path / "out"), LocalSession())
+    run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
+    evaluations = train(small_job(run, pico, encoded, tmp_path / "out"), LocalSession())
     measured = evaluate_folder(tmp_path / "out" / "model", encoded, run)
     for name, value in measured.items():
         assert value == pytest.approx(evaluations[-1][name], abs=1e-5), name
@@ -225,12 +149,14 @@ def test_the_exported_folder_measures_in_stock_transformers_as_in_training(
 def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder, learning_rate=1e30, warmup_fraction=0.9, schedule="constant")
+    run = small_run(pico, data_folder, learning_rate=1e30, warmup_fraction=0.9, schedule="constant")
     session = LocalSession(tmp_path / "checkpoint")
     with pytest.raises(TrainingFailed, match=r"loss is (nan|inf) at step \d"):
-        train(_job(run, pico, encoded, tmp_path / "out", checkpoint_every=1), session)
+        train(small_job(run, pico, encoded, tmp_path / "out", checkpoint_every=1), session)
     bad = min(step for step, loss in session.losses().items() if not math.isfinite(loss))
-    kept = Trainer(_job(run, pico, encoded, tmp_path / "again"), LocalSession(tmp_path / "checkpoint", True))
+    kept = Trainer(
+        small_job(run, pico, encoded, tmp_path / "again"), LocalSession(tmp_path / "checkpoint", True)
+    )
     kept.restore()
     assert kept.state.step == bad - 1
 
@@ -238,10 +164,10 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(
 def test_bfloat16_keeps_rotary_frequencies_and_learns_what_float32_learns(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder, SparseUpcycling(num_experts=4), learning_rate=1e-3)
+    run = small_run(pico, data_folder, SparseUpcycling(num_experts=4), learning_rate=1e-3)
     full, half = LocalSession(), LocalSession()
-    train(_job(run, pico, encoded, tmp_path / "full"), full)
-    job = _job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
+    train(small_job(run, pico, encoded, tmp_path / "full"), full)
+    job = small_job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
     trainer = Trainer(job, LocalSession())
     rotary = trainer.engine.module.model.model.rotary_emb
     reference = AutoModelForCausalLM.from_pretrained(pico).model.rotary_emb
@@ -256,17 +182,17 @@ def test_bfloat16_keeps_rotary_frequencies_and_learns_what_float32_learns(
 def test_activation_checkpointing_changes_nothing(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder, SparseUpcycling(num_experts=4))
+    run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
     losses = []
     for on in (False, True):
         session = LocalSession()
-        train(_job(run, pico, encoded, tmp_path / str(on), activation_checkpointing=on), session)
+        train(small_job(run, pico, encoded, tmp_path / str(on), activation_checkpointing=on), session)
         losses.append(list(session.losses().values()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def _distributed_worker(rank: int, world: int, port: int, job: TrainJob, out: Path) -> None:
-    _environment(os.environ.__setitem__, rank, world, port)
+    environment(os.environ.__setitem__, rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     session = LocalSession()
@@ -281,11 +207,11 @@ def _distributed_worker(rank: int, world: int, port: int, job: TrainJob, out: Pa
 def test_two_workers_give_the_losses_of_one(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
 ) -> None:
-    run = _run(pico, data_folder, SparseUpcycling(num_experts=4, load_balance_alpha=0.1))
+    run = small_run(pico, data_folder, SparseUpcycling(num_experts=4, load_balance_alpha=0.1))
     alone = LocalSession()
-    train(_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
-    job = _job(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
-    mp.spawn(_distributed_worker, (2, _free_port(), job, tmp_path), nprocs=2)
+    train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
+    job = small_job(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
+    mp.spawn(_distributed_worker, (2, free_port(), job, tmp_path), nprocs=2)
     losses, last = json.loads((tmp_path / "losses.json").read_text())
     assert list(losses.values()) == pytest.approx(list(alone.losses().values()), abs=1e-4)
     for name in ("eval/loss", "eval/math/loss", "eval/math/exact_match", "routing/math/load/0"):
@@ -315,10 +241,12 @@ def test_padding_does_not_reach_the_loss(encoded: Path, pico: Path) -> None:
 def test_parameters_that_overflow_in_the_last_step_are_not_published(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder, learning_rate=1e38, max_steps=1, schedule="constant", warmup_fraction=0)
+    run = small_run(
+        pico, data_folder, learning_rate=1e38, max_steps=1, schedule="constant", warmup_fraction=0
+    )
     session = LocalSession(tmp_path / "checkpoint")
     with pytest.raises(TrainingFailed, match=r"loss is nan|not finite after step 1"):
-        train(_job(run, pico, encoded, tmp_path / "out"), session)
+        train(small_job(run, pico, encoded, tmp_path / "out"), session)
     assert not (tmp_path / "out" / "model").exists()
     assert not (tmp_path / "checkpoint").exists()
 
@@ -326,24 +254,26 @@ def test_parameters_that_overflow_in_the_last_step_are_not_published(
 def test_a_checkpoint_of_another_layout_is_refused_in_one_line(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder)
+    run = small_run(pico, data_folder)
     with pytest.raises(KeyboardInterrupt):
-        train(_job(run, pico, encoded, tmp_path / "a"), LocalSession(tmp_path / "checkpoint", stop_after=3))
+        train(
+            small_job(run, pico, encoded, tmp_path / "a"), LocalSession(tmp_path / "checkpoint", stop_after=3)
+        )
     resumed = LocalSession(tmp_path / "checkpoint", resume=True)
     with pytest.raises(
         TrainingFailed, match=r"written with .*'zero_stage': 0.*this run has .*'zero_stage': 3"
     ):
-        train(_job(run, pico, encoded, tmp_path / "b", zero_stage=3), resumed)
+        train(small_job(run, pico, encoded, tmp_path / "b", zero_stage=3), resumed)
 
 
 def test_bfloat16_does_not_depend_on_the_micro_batch(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
-    run = _run(pico, data_folder, learning_rate=1e-3).model_copy(update={"precision": "bfloat16"})
+    run = small_run(pico, data_folder, learning_rate=1e-3).model_copy(update={"precision": "bfloat16"})
     norms = []
     for micro_batch in (1, 4):
         session = LocalSession()
-        train(_job(run, pico, encoded, tmp_path / str(micro_batch), micro_batch=micro_batch), session)
+        train(small_job(run, pico, encoded, tmp_path / str(micro_batch), micro_batch=micro_batch), session)
         norms.append([m["train/grad_norm"] for _, m in session.rows if "train/grad_norm" in m])
     assert norms[0] == pytest.approx(norms[1], rel=5e-3)
 
@@ -357,6 +287,6 @@ def test_a_run_that_is_given_up_ends_at_its_next_milestone(
 
     session = GivenUp()
     with pytest.raises(TrainingFailed, match=r"^stopped early$"):
-        train(_job(_run(pico, data_folder), pico, encoded, tmp_path / "out"), session)
+        train(small_job(small_run(pico, data_folder), pico, encoded, tmp_path / "out"), session)
     assert list(session.losses()) == [1, 2, 3]
     assert not (tmp_path / "out" / "model").exists()

@@ -1,0 +1,227 @@
+"""What a training step of SIMoE costs, against full fine-tuning of the dense model, in both of its forms.
+
+    python benchmarks/simoe_step.py [--device cuda] [--dtype bfloat16] [--tokens 2048] [--documents 64 256 1024]
+    python benchmarks/simoe_step.py --sweep     # which form is faster, from how many live columns skipping pays
+
+A step of SIMoE is what its trainer does: sample the gates, mix them by the prompts, forward and backward,
+clipping and torch's fused AdamW on the delta, orthogonality and sparsity constraint, Adam on gates and router.
+The dense model learns all its parameters. Both see the same packed batch without padding, in which every token
+is learnt. Taking turns, for every length of a document:
+
+- factored and merged at the start, when (nearly) every column is open in some expert;
+- factored and merged when compact: all experts have the same 25% of the columns open;
+- dense, and its floor: the GEMMs of all linear layers, forward and twice backward.
+
+A form's floor are its own GEMMs, of a share s of live columns (2 + s) / 3 of the dense ones where it merges and
+(2 + 3s) / 3 factored, and the head's without its weights' gradient: SIMoE has it frozen. In bfloat16 parameters
+and optimizer state are bfloat16, for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import Rounds, figure, interleaved, parser
+from step import GOALS, Contest, Contestant, fast_float32
+from torch import Tensor, nn
+
+from raymoe.config import SparseInterpolation
+from raymoe.data.instructions import Batch
+from raymoe.models import simoe
+from raymoe.models.causal_loss import CausalLoss
+from raymoe.train.masks import MaskTrainer
+
+FORMS: tuple[simoe.Form, ...] = ("factored", "merged")
+COMPACT = 0.25
+"""Share of the columns that are open when compact."""
+STANDS_STILL = 1e-9
+"""Learning rate of the gates: what is open at the first step is open at the last."""
+
+
+class Documents(Contest):
+    """The contest of one length of documents."""
+
+    def __init__(self, o: argparse.Namespace, document: int) -> None:
+        self.asked = document
+        super().__init__(o)
+
+    def _batch(self) -> Batch:
+        self.document = min(self.asked, self.tokens)
+        return super()._batch()
+
+
+class Interpolating(Contestant):
+    """SIMoE in one form; `share` of its columns are open in all experts, the others in none (1: as it starts)."""
+
+    def __init__(self, contest: Contest, form: simoe.Form, share: float) -> None:
+        self.batch, self.form = contest.batch, form
+        dense = contest.dense_model()
+        self.interpolated = simoe.interpolate(dense)
+        self.masks = self._trainer(contest)
+        self.log_alpha = self._start(share)
+        self.causal = contest._ready(CausalLoss(dense))
+        super().__init__(self.causal, self._loss)
+        self.optimizer = torch.optim.AdamW(self._deltas(), lr=1e-7, fused=True)
+
+    def _trainer(self, contest: Contest) -> MaskTrainer:
+        method = SparseInterpolation(num_experts=contest.o.num_experts, mask_learning_rate=STANDS_STILL)
+        device = torch.device(contest.o.device)
+        count = len(self.batch.documents)
+        prompts = np.random.default_rng(1).standard_normal((count, contest.width), np.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            for split in ("train", "validation"):
+                np.save(Path(folder) / f"{split}.npy", prompts)
+            masks = MaskTrainer(
+                method,
+                self.interpolated,
+                Path(folder),
+                seed=0,
+                total_steps=10**6,
+                device=device,
+                world_size=1,
+                precision=str(contest.o.dtype).removeprefix("torch."),
+                form=self.form,
+            )
+        return masks
+
+    def _start(self, share: float) -> Tensor:
+        """log_alpha; beyond the trainer's limits where columns are dead, so that no noise opens them."""
+        given = self.masks.gates.log_alpha.detach().clone()
+        open_G = torch.rand(given.shape[1], generator=torch.Generator().manual_seed(2)) < share
+        return given if share == 1 else torch.where(open_G, 40.0, -40.0).to(given).expand_as(given)
+
+    @property
+    def live_share(self) -> float:
+        """Share of the columns of all linears that the last step had open."""
+        linears = [
+            (s, v)
+            for s, v in zip(self.interpolated.layout.spans, self.masks.live, strict=True)
+            if s.kind != "norm"
+        ]
+        return sum(s.width if v is None else len(v) for s, v in linears) / sum(s.width for s, _ in linears)
+
+    def _deltas(self) -> list[nn.Parameter]:
+        return [layer.delta for layer in self.interpolated.layers]
+
+    def _loss(self) -> Tensor:
+        self.masks.gates.log_alpha.data.copy_(self.log_alpha)  # the trainer keeps it within limits
+        self.masks.begin(0)
+        self.masks.set(self.batch)
+        return self.causal(self.batch)[0].mean()
+
+    def update(self) -> None:
+        """Clip and update the delta; add the constraint's losses and update gates and router."""
+        nn.utils.clip_grad_norm_(self._deltas(), 1.0)
+        self.optimizer.step()
+        self.masks.end(0, 1.0)
+
+
+def floor(contest: Contest, form: simoe.Form | None, share: float = 1.0) -> Callable[[], None]:
+    """The GEMMs of all linear layers of a step of `form`, of the dense model where it is None.
+
+    One layer's operands for all layers: nothing but the products is timed.
+    """
+    d, f, s = contest.width, contest.ffn, contest.batch.num_tokens
+    linears = [(d, d), (d, d // 2), (d, d // 2), (d, d), (d, f), (d, f), (f, d)]
+    options: Any = {"dtype": contest.o.dtype, "device": contest.o.device}
+
+    def operands(rows: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+        x, w, dy = (torch.ones(shape, **options) for shape in shapes)
+        return x, w, dy
+
+    both = [operands(s, i, o) for i, o in linears]
+    live = both if share == 1 else [operands(s, round(share * i), o) for i, o in linears]
+    head = operands(len(contest.batch.targets), d, contest.vocab)
+
+    def run() -> None:
+        for _ in range(contest.layers):
+            for x, w, dy in both:
+                torch.mm(x, w.T)
+                torch.mm(dy, w)
+            for x, w, dy in live:
+                torch.mm(dy.T, x)
+                if form == "factored":
+                    torch.mm(x, w.T)
+                    torch.mm(dy, w)
+        x, w, dy = head
+        torch.mm(x, w.T)
+        torch.mm(dy, w)
+        if form is None:
+            torch.mm(dy.T, x)
+
+    return run
+
+
+def compare(contest: Documents) -> None:
+    """Time all contestants of one length of documents and print their figures."""
+    o = contest.o
+    dense = contest.dense()
+    work: dict[str, Callable[[], object]] = {"dense": dense.step, "dense floor": floor(contest, None)}
+    for share, name in ((1.0, ""), (COMPACT, "compact ")):
+        for form in FORMS:
+            work[name + form] = Interpolating(contest, form, share).step
+            work[f"{name}{form} floor"] = floor(contest, form, share)
+    rounds = interleaved(work, o.rounds)
+    samples = len(contest.batch.documents)
+    print(f"{samples} documents of {contest.document} tokens")
+    print("  ms: " + ", ".join(f"{name} {1000 * rounds.median(name):.1f}" for name in work))
+    for prefix, figure_name, goal in (
+        ("", "simoe_step_vs_dense", 1.08),
+        ("compact ", "simoe_compact_step_vs_dense", 1.0),
+    ):
+        report(contest, rounds, prefix, figure_name, goal)
+
+
+def report(contest: Documents, rounds: Rounds, prefix: str, name: str, goal: float) -> None:
+    """Which form is faster, which one raymoe picks, and the figure of each."""
+    o, samples = contest.o, len(contest.batch.documents)
+    faster = min(FORMS, key=lambda form: rounds.median(prefix + form))
+    picked = simoe.chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)
+    print(f"  {prefix or 'at the start '}faster: {faster}; picked: {picked}")
+    for form in FORMS:
+        contestant = prefix + form
+        figure(
+            name,
+            "the dense model's step",
+            rounds.ratio(contestant, "dense"),
+            goal,
+            rounds.ratio(contestant, f"{contestant} floor"),
+            o.device,
+            form=form,
+            picked=form == picked,
+            dtype=str(o.dtype).removeprefix("torch."),
+            samples=samples,
+            tokens_per_sample=contest.document,
+            floor_vs_dense_floor=round(rounds.ratio(f"{contestant} floor", "dense floor"), 4),
+        )
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--dtype", choices=tuple(GOALS), help="by default bfloat16 on a GPU, else float32")
+    options.add_argument("--tokens", type=int, help="tokens of a step")
+    options.add_argument("--documents", type=int, nargs="+", default=[64, 256, 1024], help="their tokens")
+    options.add_argument("--num-experts", type=int, default=8)
+    options.add_argument("--layers", type=int)
+    o = options.parse_args()
+    o.experts = [4]  # what the shapes of a GPU are divided by
+    o.dtype = getattr(torch, o.dtype or ("bfloat16" if o.device == "cuda" else "float32"))
+    precision = fast_float32() if o.device == "cpu" else torch.get_float32_matmul_precision()
+    for document in sorted({min(d, o.tokens or 10**9) for d in o.documents}):
+        contest = Documents(o, document)
+        print(
+            f"{contest.layers} layers of {contest.width} x {contest.ffn}, {contest.batch.num_tokens} tokens, "
+            f"{o.dtype}, float32 matmul precision {precision}: median of {o.rounds}"
+        )
+        compare(contest)
+
+
+if __name__ == "__main__":
+    main()

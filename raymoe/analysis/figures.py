@@ -1,0 +1,342 @@
+"""Figures of one SIMoE trial, as PNG files.
+
+    draw(description, rows, sizes, folder)      # masks.json, rows of metrics.jsonl, parameter counts
+
+overlap.png, where.png, activation.png (of the masks), constraint.png (over training), size.png (beside others).
+Matplotlib's own objects are used, never pyplot, whose state is global: workers draw while others train.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator, MultipleLocator
+from numpy.typing import NDArray
+from scipy.cluster.hierarchy import dendrogram
+
+from raymoe.analysis.masks import clustered
+
+Description = Mapping[str, Any]
+Row = Mapping[str, Any]
+Sizes = Mapping[str, Mapping[str, int]]
+Floats = NDArray[np.float64]
+
+DPI = 130
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
+COLOURS = (BLUE, ORANGE, GREEN, "#D55E00", "#CC79A7", "#56B4E9", "black", "#B8A800")
+"""Okabe and Ito's, which colour-blind people tell apart; their yellow darkened, it is drawn on white."""
+LINES = ("-", "--", ":", "-.")
+HEAT = "cividis"
+MOST_TASKS = 100
+"""Tasks that activation.png has room for: those with the most prompts."""
+MOST_VALUES = 16
+"""Experts up to which the cells of a heat map hold their value."""
+LONGEST = 44
+"""Characters of a task's name that are shown."""
+LABELS = {"simoe": "SIMoE", "upcycled": "sparse upcycling\n(4 experts, top-2)", "dense": "dense"}
+
+
+def draw(description: Description, rows: Iterable[Row], sizes: Sizes | None, out_folder: Path) -> list[Path]:
+    """Write the figures that there is something to show in.
+
+    Args:
+        description: what `raymoe.analysis.masks.describe` returned.
+        rows: of the metric log, each with `step` and `metrics`.
+        sizes: of every model by its label, parameters `total` and `active`, and `training_bytes`.
+        out_folder: made if it is not there.
+    """
+    drawn = {
+        "overlap": overlap(description),
+        "where": where(description),
+        "activation": activation(description),
+        "constraint": constraint(rows),
+        "size": size(sizes or {}),
+    }
+    out_folder.mkdir(parents=True, exist_ok=True)
+    files = {out_folder / f"{name}.png": figure for name, figure in drawn.items() if figure is not None}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in names of tasks: shown as boxes
+        for file, figure in files.items():
+            figure.savefig(file, dpi=DPI)
+    return list(files)
+
+
+def overlap(description: Description) -> Figure:
+    """What pairs of experts share, [M, M]; the diagonal, which is 1 by definition, stays blank."""
+    ratios_MM = np.array(description["overlap"]["ratios"])
+    experts = len(ratios_MM)
+    pairs_MM = np.where(np.eye(experts, dtype=bool), np.nan, ratios_MM)
+    side = 3.2 + 0.42 * min(experts, 24)
+    figure = _figure(side + 0.6, side)
+    axes = figure.add_subplot()
+    image = _heat(axes, pairs_MM, aspect="equal")
+    if experts > 1:
+        figure.colorbar(image, ax=axes, shrink=0.8, label="overlap (cosine of the gates)")
+    _expert_axis(axes.xaxis, experts)
+    _expert_axis(axes.yaxis, experts)
+    mean = f"mean of pairs {description['overlap']['mean']:.3f}" if experts > 1 else "one expert, no pairs"
+    axes.set_title(f"Overlap of experts' masks\n{mean}")
+    return figure
+
+
+def where(description: Description) -> Figure:
+    """Shares of non-zero parameters by kind of parameter and by depth."""
+    kinds, layers = description["kinds"], description["layers"]
+    figure = _figure(10.5, 4.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(kinds))
+    left.bar(places - 0.2, [row["union"] for row in kinds], 0.4, color=BLUE, label="in any expert")
+    left.bar(places + 0.2, [row["mean"] for row in kinds], 0.4, color=ORANGE, label="mean over experts")
+    left.set_xticks(places, [row["kind"] for row in kinds])
+    left.set(xlabel="kind of parameter", ylabel="non-zero parameters (%)", title="By kind of parameter")
+    depth = [row["layer"] for row in layers]
+    right.plot(depth, [row["union"] for row in layers], "o-", color=BLUE, ms=4)
+    right.plot(depth, [row["mean"] for row in layers], "s--", color=ORANGE, ms=4)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    right.set(xlabel="layer (0: next to the embeddings)", title="By depth")
+    right.set_xlim(depth[0] - 0.5, depth[-1] + 0.5)
+    whole = 1 - description["sparsity"]["union"][0]
+    for axes in (left, right):
+        line = axes.axhline(whole, color=GREY, lw=1, ls=":")
+        axes.yaxis.set_major_formatter(_percent)
+        _open(axes)
+    line.set_label(f"whole model, in any expert: {whole:.1%}")
+    left.set_ylim(0, None)
+    left.tick_params(labelsize=9)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle("Where the model is upcycled: non-zero parameters of the delta")
+    return figure
+
+
+def activation(description: Description) -> Figure:
+    """Mean expert weights of every task, similar tasks beside each other under a dendrogram."""
+    every = description["tasks"]
+    tasks = sorted(every, key=lambda task: -task["prompts"])[:MOST_TASKS]
+    weights_TM = np.array([task["weights"] for task in tasks])
+    figure = _figure(6.4 + 0.42 * min(weights_TM.shape[1], 24), 2.6 + 0.22 * len(tasks))
+    *trees, heat = (
+        figure.subplots(1, 2, width_ratios=[1, 2.5]) if _differ(weights_TM) else [figure.subplots()]
+    )
+    order = _dendrogram(trees[0], weights_TM) if trees else list(range(len(tasks)))
+    image = _heat(heat, weights_TM[order], aspect="auto")
+    pad = 0.2 / figure.get_figheight()  # a share of the height
+    figure.colorbar(
+        image, ax=heat, location="bottom", label="mean expert weight", aspect=30, shrink=0.6, pad=pad
+    )
+    heat.yaxis.tick_right()
+    names = [_task_name(tasks[i]) for i in order]
+    heat.set_yticks(range(len(names)), names, fontsize=8.5, parse_math=False)
+    _expert_axis(heat.xaxis, weights_TM.shape[1])
+    for tree in trees:
+        tree.set_ylim(heat.get_ylim())
+    count = f"{len(tasks)} tasks" if len(tasks) == len(every) else f"{len(tasks)} of {len(every)} tasks"
+    figure.suptitle(f"Expert weights on held-out prompts, {'1 task' if len(every) == 1 else count}")
+    return figure
+
+
+def constraint(rows: Iterable[Row]) -> Figure | None:
+    """Loss, sparsity beside its target, and the multiplier over training; None without any of them."""
+    curves = _curves(rows)
+    multipliers = {name: curve for name, curve in curves.items() if name.startswith("masks/multiplier")}
+    if "masks/sparsity" not in curves:
+        return None
+    figure = _figure(8.5, 7.5)
+    loss, sparsity, multiplier = figure.subplots(3, 1, sharex=True)
+    if "train/loss" in curves:
+        loss.plot(*curves["train/loss"], color=BLUE, lw=1)
+    sparsity.plot(*curves["masks/sparsity"], color=BLUE, lw=1.5, label="measured")
+    if "masks/target" in curves:
+        sparsity.plot(*curves["masks/target"], color=GREY, lw=1.2, ls="--", label="target")
+    sparsity.set_ylim(-0.03, 1.03)
+    sparsity.yaxis.set_major_formatter(_percent)
+    for i, (name, curve) in enumerate(sorted(multipliers.items(), key=_expert_of)):
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i // len(COLOURS) % len(LINES)]}
+        multiplier.plot(*curve, lw=1, label=f"expert {name.rsplit('/', 1)[-1]}", **style)
+    for axes in (sparsity, multiplier)[: 2 if len(multipliers) > 1 else 1]:
+        columns = -(-len(axes.lines) // 12)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
+    for axes, label in (
+        (loss, "loss (nats / token)"),
+        (sparsity, "sparsity (%)"),
+        (multiplier, "multiplier"),
+    ):
+        axes.set_ylabel(label)
+        _open(axes)
+    multiplier.set_xlabel("optimizer step")
+    multiplier.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    figure.align_ylabels()
+    figure.suptitle("Training loss and the sparsity constraint")
+    return figure
+
+
+def size(sizes: Sizes) -> Figure | None:
+    """Parameters and training memory beside other models'; None if there are none."""
+    if not sizes:
+        return None
+    figure = _figure(10.5, 4.8)
+    left, right = figure.subplots(1, 2)
+    other = sizes.get("upcycled", {})
+    for shift, part, colour in ((-0.2, "total", BLUE), (0.2, "active", ORANGE)):
+        values = [each[part] for each in sizes.values()]
+        _bars(left, shift, values, colour, other.get("active"), _count, label=part)
+    values = [each["training_bytes"] for each in sizes.values()]
+    _bars(right, 0.0, values, GREEN, other.get("training_bytes"), _bytes)
+    left.yaxis.set_major_formatter(lambda value, _: _count(value))
+    right.yaxis.set_major_locator(MultipleLocator(_byte_step(max(values))))
+    right.yaxis.set_major_formatter(lambda value, _: _bytes(value))
+    left.set(ylabel="parameters", title=_against("Parameters", other, "the active ones of sparse upcycling"))
+    right.set(ylabel="memory", title=_against("Memory in training", other, "sparse upcycling"))
+    for axes in (left, right):
+        axes.set_xticks(range(len(sizes)), [LABELS.get(name, name) for name in sizes])
+        axes.margins(y=0.18)
+        _open(axes)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.suptitle("Size beside other models")
+    return figure
+
+
+# ---- parts
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches, drawn by Agg: no display is needed."""
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _open(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", lw=0.4, color="#cccccc")
+    axes.set_axisbelow(True)
+
+
+def _heat(axes: Axes, values: Floats, aspect: Literal["auto", "equal"]) -> Any:
+    """A heat map from 0 on, with the values in its cells where they fit; nan cells are blank."""
+    high = max(1e-6, values[np.isfinite(values)].max(initial=0.0))
+    image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=high, aspect=aspect, interpolation="nearest")
+    axes.set_facecolor("#eeeeee")
+    for (i, j), value in np.ndenumerate(values) if values.shape[1] <= MOST_VALUES else ():
+        if np.isfinite(value):
+            colour = _readable_on(colormaps[HEAT](float(value / high)))
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=colour)
+    return image
+
+
+def _readable_on(colour: Sequence[float]) -> str:
+    """Black or white, whichever stands out more (WCAG 2's contrast, from the colour's relative luminance)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
+    return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "black"
+
+
+def _bars(
+    axes: Axes,
+    shift: float,
+    values: Sequence[int],
+    colour: str,
+    other: int | None,
+    shown: Callable[[float], str],
+    **more: Any,
+) -> None:
+    """Bars side by side, each with its value on top and how much more or less than `other` that is."""
+    width = 0.38 if shift else 0.5
+    bars = axes.bar(np.arange(len(values)) + shift, values, width, color=colour, **more)
+    axes.bar_label(bars, [_beside(value, other, shown) for value in values], padding=2, fontsize=8)
+
+
+def _expert_axis(axis: Any, experts: int) -> None:
+    step = -(-experts // 24)
+    axis.set_ticks(range(0, experts, step))
+    axis.set_label_text("expert")
+
+
+def _differ(weights_TM: Floats) -> bool:
+    """Whether there is anything to cluster: not with one task, nor with one expert."""
+    return bool((weights_TM != weights_TM[0]).any())
+
+
+def _dendrogram(axes: Axes, weights_TM: Floats) -> list[int]:
+    """Draw the tree of tasks to the left of their rows; the order of the rows."""
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_yticks([])
+    tree = dendrogram(clustered(weights_TM), no_plot=True)
+    # scipy puts leaf i at 5 + 10 i.
+    rows, depths = (np.array(tree["icoord"]) - 5) / 10, np.array(tree["dcoord"])
+    axes.add_collection(LineCollection(list(np.stack([depths, rows], 2)), colors=GREY, lw=1))
+    axes.set_xlim(1.05 * depths.max(), 0)
+    axes.xaxis.set_major_locator(MaxNLocator(3))
+    axes.set_xlabel("distance")
+    return list(tree["leaves"])
+
+
+def _task_name(task: Mapping[str, Any]) -> str:
+    """`task (domain)`, with its middle left out where it is long."""
+    name, domain = task["task"], task["domain"]
+    text = name if name == domain else f"{name} ({domain})"
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half].rstrip()}…{text[-half:].lstrip()}"
+
+
+def _curves(rows: Iterable[Row]) -> dict[str, tuple[list[int], list[float]]]:
+    """Of every metric the steps and its values."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in rows:
+        for name, value in row["metrics"].items():
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(value)
+    return curves
+
+
+def _expert_of(item: tuple[str, Any]) -> int:
+    last = item[0].rsplit("/", 1)[-1]
+    return int(last) if last.isdigit() else -1
+
+
+def _against(title: str, other: Mapping[str, int], what: str) -> str:
+    return f"{title}\n(% against {what})" if other else title
+
+
+def _beside(value: int, other: int | None, shown: Callable[[float], str]) -> str:
+    """`9.6B` and, below it, how much more or less than `other` that is."""
+    if not other or value == other:
+        return shown(value)
+    return f"{shown(value)}\n{100 * (value / other - 1):+.0f}%".replace("-", "−")
+
+
+def _count(value: float) -> str:
+    return _scaled(value, 1000, ("", "K", "M", "B", "T"), "")
+
+
+def _percent(value: float, _: int) -> str:
+    return f"{100 * value:.3g}"
+
+
+def _byte_step(most: float) -> float:
+    """1, 2 or 5 times a power of ten of the unit that `most` bytes are shown in: some five steps up to it."""
+    unit = 1024.0 ** max(0, int(np.log(max(1.0, most)) / np.log(1024)))
+    rough = max(1e-9, most / unit / 5)
+    power = 10.0 ** np.floor(np.log10(rough))
+    return float(unit * power * next(n for n in (1, 2, 5, 10) if n * power >= rough))
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"), " ")
+
+
+def _scaled(value: float, base: int, units: Sequence[str], gap: str) -> str:
+    """Three digits and a unit."""
+    power = 0
+    while abs(value) >= base and power + 1 < len(units):
+        value, power = value / base, power + 1
+    return f"{value:.3g}{gap}{units[power]}"

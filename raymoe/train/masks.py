@@ -1,0 +1,293 @@
+"""SIMoE's part of training: gates, prompt router and sparsity constraint, beside the engine.
+
+They are small, replicated on all workers and kept in fp32 whatever the model's precision, so they have their
+own Adam instead of DeepSpeed's optimizer: a step samples the gates once, all micro batches share that sample,
+and its gradient is summed over the workers once. What a step does is decided by (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from raymoe.analysis.masks import describe, headline
+from raymoe.analysis.size import sizes
+from raymoe.config import SparseInterpolation
+from raymoe.data.instructions import Batch, Encoded
+from raymoe.evaluate import summed
+from raymoe.models.simoe import (
+    Form,
+    Gates,
+    Interpolated,
+    PromptRouter,
+    expected_sparsity,
+    live_columns,
+    orthogonality,
+    overlap,
+    sparsity,
+)
+from raymoe.train.job import FIRST_STEPS
+from raymoe.upcycle.simoe import Masks
+
+STATE = "masks.safetensors"
+DELTA_RATE = 4.0
+"""The delta's default learning rate, in learning rates of the dense model."""
+MASK_TRAVEL = 10.0
+"""Steps times the gates' default learning rate: about once across the range of log_alpha."""
+GATE_BETAS, ROUTER_BETAS = (0.5, 0.95), (0.9, 0.95)
+"""Of Adam; gates have little momentum, which would carry them past the sparsity that is asked for."""
+
+
+class MaskTrainer:
+    """Gates and router of one run, their optimizer and the constraint's multiplier."""
+
+    def __init__(
+        self,
+        method: SparseInterpolation,
+        interpolated: Interpolated,
+        prompts: Path,
+        *,
+        seed: int,
+        total_steps: int,
+        device: torch.device,
+        world_size: int,
+        learning_rate: float,
+        precision: str,
+        form: Form | None = None,
+    ) -> None:
+        self.precision = precision
+        self.delta_rate = method.delta_learning_rate or DELTA_RATE * learning_rate
+        self.method, self.interpolated, self.seed, self.total_steps = method, interpolated, seed, total_steps
+        self.device, self.world_size, self.form = device, world_size, form
+        self.prompts, self.held_out_prompts = (
+            np.load(prompts / f"{split}.npy", mmap_mode="r", allow_pickle=False)
+            for split in ("train", "validation")
+        )
+        self.gates = Gates(method, interpolated.layout, seed).to(device)
+        self.router = PromptRouter(method, self.prompts.shape[1], seed).to(device)
+        self.owned_G = interpolated.layout.owned(device)
+        self.rates = (method.mask_learning_rate or MASK_TRAVEL / total_steps, method.router_learning_rate)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [self.gates.log_alpha], "betas": GATE_BETAS},
+                {"params": list(self.router.parameters()), "betas": ROUTER_BETAS},
+            ]
+        )
+        rows = method.num_experts if method.sparsity_scope == "per_expert" else 1
+        self.multiplier = torch.zeros(rows, device=device)
+        self.sample = self.gates.log_alpha.detach()
+        self.live: list[Tensor | None] = []
+        self.saturated_early = 0.0
+        """Largest share of gates at 0 or 1 in the first steps, as far as its metrics were read."""
+
+    def begin(self, step: int) -> None:
+        """Draw the gates of `step`: the same on all workers and for all micro batches."""
+        noise = self._noise(step)
+        with torch.no_grad():
+            self.sample = self.gates.sampled(noise)
+        self.live = live_columns(self.sample, self.interpolated.layout)
+        self.sample.requires_grad_()
+
+    def _noise(self, step: int) -> Tensor:
+        """Uniform [M, G] in (0, 1), decided by (seed, step)."""
+        number = int(np.random.default_rng([self.seed, step]).integers(2**62))
+        generator = torch.Generator(self.device).manual_seed(number)
+        noise = torch.rand(self.gates.log_alpha.shape, generator=generator, device=self.device)
+        return noise.clamp_(1e-6, 1 - 1e-6)
+
+    def set(self, batch: Batch) -> None:
+        """Let the model apply the coefficients of the batch's prompts, until the next call."""
+        c_SG = self.router(self._rows(self.prompts, batch.records)) @ self.sample
+        self.interpolated.set(c_SG, batch.documents, batch.input_ids.numel(), self.live, self.form)
+
+    @contextmanager
+    def held_out(self, records: Sequence[int], batch: Batch | None) -> Iterator[None]:
+        """Within the block the model is that of held-out `records`: of a batch's documents, else a row each."""
+        with torch.no_grad():
+            c_SG = self.router(self._rows(self.held_out_prompts, records)) @ self.gates.evaluated()
+        where = (batch.documents, batch.input_ids.numel()) if batch else ()
+        with self.interpolated.applied(c_SG, *where, form=self.form if batch else None):
+            yield
+
+    def _rows(self, prompts: NDArray[np.float32], records: Sequence[int]) -> Tensor:
+        rows = torch.from_numpy(prompts[list(records)])
+        return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
+
+    def target(self, step: int) -> float:
+        """The sparsity that is asked for after `step` (0-based)."""
+        warmup = self.method.sparsity_warmup * self.total_steps
+        return self.method.sparsity_target * min(1.0, (step + 1) / max(1.0, warmup))
+
+    def end(self, step: int, rate: float) -> dict[str, Tensor]:
+        """Update gates, router and multiplier; `rate` in [0, 1] is the schedule's (gates take its root: they
+        settle after the weights).
+
+        The loss of all micro batches of all workers has left its gradient in the sample and the router. Added
+        here, once: orthogonality of the sampled masks, and the constraint as an augmented Lagrangian,
+        (multiplier + penalty * missing) * (target - expected sparsity). What is missing is measured on the gates
+        as they are without noise, since under noise a union of experts is never as sparse as it will be.
+
+        Returns:
+            Metrics, each divided by the number of workers, over which they are summed.
+        """
+        method = self.method
+        gradient = self._summed_gradients()
+        sample = self.gates.sampled(self._noise(step))
+        common = orthogonality(sample)
+        missing_K = self.target(step) - self._reached()
+        price_K = self.multiplier + method.sparsity_penalty * missing_K
+        expected_K = expected_sparsity(self.gates.log_alpha, self.owned_G, method.sparsity_scope)
+        added = method.orthogonality * common - (price_K * expected_K).sum()
+        torch.autograd.backward([sample, added], [gradient, torch.ones_like(added)])
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.rates, (rate**0.5, rate), strict=True
+        ):
+            group["lr"] = base * factor
+        self.optimizer.step()
+        self.gates.clamp_()
+        self.optimizer.zero_grad()
+        return self._after(step)
+
+    def _summed_gradients(self) -> Tensor:
+        """The sample's gradient, summed over the workers like the router's, in one message."""
+        gradients = [
+            p.grad if p.grad is not None else torch.zeros_like(p)
+            for p in [self.sample, *self.router.parameters()]
+        ]
+        flat = summed(torch.cat([g.flatten() for g in gradients])) / self.world_size
+        parts = [
+            part.view_as(g)
+            for part, g in zip(torch.split(flat, [g.numel() for g in gradients]), gradients, strict=True)
+        ]
+        for parameter, part in zip(self.router.parameters(), parts[1:], strict=True):
+            parameter.grad = part
+        return parts[0]
+
+    @torch.no_grad()
+    def _reached(self) -> Tensor:
+        """The sparsity that the trained model would have now, [1] or [M]."""
+        return sparsity(self.gates.evaluated(), self.owned_G, self.method.sparsity_scope)
+
+    @torch.no_grad()
+    def _after(self, step: int) -> dict[str, Tensor]:
+        """Move the multiplier towards the target, from 0 again where the sparsity crosses it (dual restart)."""
+        gates = self.gates.evaluated()
+        reached_K = self._reached()
+        missing_K = self.target(step) - reached_K
+        crossed_K = missing_K * self.multiplier < 0
+        growth_K = self.method.sparsity_rate / self.total_steps * missing_K
+        self.multiplier = torch.where(crossed_K, 0.0, self.multiplier) + growth_K
+        metrics = {
+            "masks/sparsity": reached_K.mean(),
+            "masks/multiplier": self.multiplier.mean(),
+            "masks/overlap": mean_overlap(gates),
+            "masks/saturated": ((gates == 0) | (gates == 1)).float().mean(),
+        }
+        if self.method.sparsity_scope == "per_expert":
+            metrics |= {f"masks/multiplier/{m}": value for m, value in enumerate(self.multiplier)}
+        return {name: value / self.world_size for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def describe(self, held_out: Encoded) -> dict[str, Any]:
+        """The masks as they are now, as plain values."""
+        weights = self._weights(self.held_out_prompts)
+        gates, layout, scope = self.gates.evaluated(), self.interpolated.layout, self.method.sparsity_scope
+        return describe(gates, layout, weights, held_out.tasks, held_out.domains, scope)
+
+    def measure(self, held_out: Encoded) -> dict[str, float]:
+        """What a milestone tells of the masks, and the model's size without dead columns."""
+        description = self.describe(held_out)
+        size = float(self._sizes(description)["simoe"]["total"])
+        return {
+            **headline(description),
+            "masks/saturated_early": self.saturated_early,
+            "model/parameters": size,
+            "model/active_parameters": size,
+        }
+
+    def _sizes(self, description: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        config = self.interpolated.model.config
+        return sizes(config, self.method, description["live_parameters"], precision=self.precision)
+
+    def read(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note what the metrics of a finished `step`, on the host now, say of the first steps."""
+        if step <= max(3, FIRST_STEPS * self.total_steps):
+            self.saturated_early = max(self.saturated_early, metrics["masks/saturated"])
+
+    def finite(self) -> bool:
+        """Whether gates and router are numbers."""
+        return all(bool(torch.isfinite(p).all()) for p in [self.gates.log_alpha, *self.router.parameters()])
+
+    # ---- checkpoints
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            "log_alpha": self.gates.log_alpha,
+            **{f"router.{n}": p for n, p in self.router.named_parameters()},
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write gates, router, Adam's moments and the multiplier to `folder`."""
+        tensors = {"multiplier": self.multiplier, "saturated_early": torch.tensor(self.saturated_early)}
+        for name, parameter in self._parameters().items():
+            tensors[name] = parameter.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / STATE)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote, exactly."""
+        tensors = load_file(folder / STATE)
+        self.multiplier = tensors["multiplier"].to(self.device)
+        self.saturated_early = float(tensors["saturated_early"])
+        for name, parameter in self._parameters().items():
+            parameter.data.copy_(tensors[name])
+            state = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["step"] is not None:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(self.device)
+                    for key, value in state.items()
+                    if value is not None
+                }
+
+    # ---- the end
+
+    @torch.no_grad()
+    def finished(self, encoded: Encoded, held_out: Encoded) -> tuple[Masks, dict[str, Any]]:
+        """What is written with the model: masks, router and every domain's mean weights; and their description."""
+        gates = self.gates.evaluated().cpu()
+        router = {name: p.detach().cpu() for name, p in self.router.state_dict().items()}
+        domains = _means(self._weights(self.prompts), encoded.domains)
+        description = self.describe(held_out)
+        description["sizes"] = self._sizes(description)
+        return Masks(self.method, gates, router, domains), description
+
+    def _weights(self, prompts: NDArray[np.float32]) -> Tensor:
+        """Expert weights a [n, M] of all prompts."""
+        some = [
+            self.router(torch.from_numpy(np.array(prompts[i : i + 4096])).to(self.device))
+            for i in range(0, len(prompts), 4096)
+        ]
+        return torch.cat(some).cpu()
+
+
+def mean_overlap(gates_MG: Tensor) -> Tensor:
+    """Mean cosine between two different rows of Z; 0 of a single expert."""
+    ratios_MM, experts = overlap(gates_MG), len(gates_MG)
+    return (ratios_MM.sum() - ratios_MM.diagonal().sum()) / max(1, experts * (experts - 1))
+
+
+def _means(weights_SM: Tensor, domains: Sequence[str]) -> dict[str, list[float]]:
+    """Mean expert weights of each domain's prompts."""
+    return {
+        domain: weights_SM[torch.tensor([d == domain for d in domains])].mean(0).tolist()
+        for domain in sorted(set(domains))
+    }

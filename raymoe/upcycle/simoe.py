@@ -1,0 +1,624 @@
+"""SIMoE models on disk: what training adds to a dense model, loading it back, and plain models merged from it.
+
+A SIMoE folder is `simoe.json` (method, layers, expert weights of the domains, and where the dense model is) and
+`simoe.safetensors` (prompt router, and of every layer the live columns alone: those that any expert has open).
+It has no config.json of its own, so that nothing loads it as if it were its dense model.
+
+    write_simoe(out, dense, masks, model.named_parameters(), torch.bfloat16)
+    simoe = load_simoe(out, torch.bfloat16)
+    simoe.interpolated.set(simoe.coefficients(prompts), documents, num_tokens)    # then simoe.model(...)
+    texts = generate_simoe(simoe, tokenizer, prompts, max_new_tokens=96)
+    merge(out, plain, simoe.config.domains["math"])         # for stock transformers and every server
+    export_simoe(out, elsewhere)                            # with the dense model inside
+
+Shapes: S samples, M experts, G gates, I inputs, O outputs and J live columns of a layer, N tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from raymoe.config import Data, InputError, SparseInterpolation, validate
+from raymoe.data.instructions import encode
+from raymoe.data.sources import Instruction
+from raymoe.models.simoe import (
+    GateLayout,
+    GateSpan,
+    Interpolated,
+    InterpolatedLayer,
+    InterpolatedLinear,
+    PromptRouter,
+    gate_layout,
+    interpolate,
+    kept_share,
+    merged_weight,
+)
+from raymoe.upcycle.checkpoint import (
+    ShardWriter,
+    Slot,
+    Span,
+    copy_dense,
+    dense_tensors,
+    load_tensor,
+    new_folder,
+    read_config,
+    total_bytes,
+    write_companions,
+)
+
+FORMAT = 1
+"""Raised when a folder is written that earlier versions of raymoe would misread."""
+INDEX, WEIGHTS = "simoe.json", "simoe.safetensors"
+EXPORTED_DENSE = "dense"
+"""Folder of the dense model inside of an exported one."""
+DIGESTED_BYTES = 4096
+"""Of every dense tensor: what tells one dense model from another."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- simoe.json
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What SIMoE learns besides the delta."""
+
+    method: SparseInterpolation
+    gates_MG: Tensor
+    """Evaluation gates, with exact zeros."""
+    router: Mapping[str, Tensor]
+    """State of the `PromptRouter`."""
+    domains: Mapping[str, Sequence[float]]
+    """Domain -> mean expert weights [M] of its prompts."""
+
+
+@dataclass(frozen=True)
+class SIMoEConfig:
+    """What `simoe.json` says."""
+
+    method: SparseInterpolation
+    dense: Path
+    """Folder of the dense model, absolute."""
+    dense_digest: str
+    dtype: torch.dtype
+    """Of the delta, and what the model was trained in."""
+    layout: GateLayout
+    live: tuple[int, ...]
+    """Live columns of every layer of `layout`."""
+    parameters: Mapping[str, int]
+    """Numbers of parameters: `dense`, `delta` and `gates` (live columns alone), `router`."""
+    domains: Mapping[str, tuple[float, ...]]
+    """Domain -> mean expert weights [M] of its prompts."""
+
+    def plan(self, router: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
+        """Every tensor of `simoe.safetensors`; `router`: shapes of its parameters."""
+        plan = {_router_name(name): Slot.of(torch.float32, *shape) for name, shape in router.items()}
+        for span, live in zip(self.layout.spans, self.live, strict=True):
+            plan[f"{span.name}.columns"] = Slot.of(torch.int32, live)
+            plan[f"{span.name}.gates"] = Slot.of(torch.float32, self.method.num_experts, live)
+            plan[f"{span.name}.delta"] = Slot.of(self.dtype, *_rows_shape(span, live))
+        return plan
+
+
+def is_simoe(folder: Path) -> bool:
+    """Whether `folder` holds a SIMoE model."""
+    return (folder / INDEX).is_file()
+
+
+def simoe_config(folder: Path) -> SIMoEConfig:
+    """What the SIMoE model in `folder` says about itself.
+
+    Raises:
+        InputError: no SIMoE folder, a damaged one, or one of another version.
+    """
+    file = folder / INDEX
+    try:
+        values = json.loads(file.read_text())
+        version = values["format"]
+        config = _parsed(values, folder) if version == FORMAT else None
+    except OSError as error:
+        raise InputError(f"{folder}: no SIMoE model here ({INDEX}: {error.strerror})") from None
+    except (InputError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{file}: damaged ({reason})") from None
+    if config is None:
+        raise InputError(f"{file}: format {version!r}, of which this version of raymoe reads {FORMAT} alone")
+    return config
+
+
+def _parsed(values: Mapping[str, Any], folder: Path) -> SIMoEConfig:
+    layers = [dict(layer) for layer in values["layers"]]
+    live = tuple(int(layer.pop("live")) for layer in layers)
+    method = validate(SparseInterpolation, values["method"])
+    domains = {name: tuple(map(float, weights)) for name, weights in values["domains"].items()}
+    if wrong := [name for name, weights in domains.items() if len(weights) != method.num_experts]:
+        raise ValueError(f"{wrong[0]} has not one weight per expert")
+    return SIMoEConfig(
+        method=method,
+        dense=folder.absolute() / values["dense"],
+        dense_digest=values["dense_digest"],
+        dtype=DTYPES[values["dtype"]],
+        layout=GateLayout(tuple(GateSpan(**layer) for layer in layers)),
+        live=live,
+        parameters={name: int(number) for name, number in values["parameters"].items()},
+        domains=domains,
+    )
+
+
+def _as_json(config: SIMoEConfig) -> dict[str, Any]:
+    spans = zip(config.layout.spans, config.live, strict=True)
+    return {
+        "format": FORMAT,
+        "method": config.method.model_dump(mode="json"),
+        "dense": str(config.dense),
+        "dense_digest": config.dense_digest,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == config.dtype),
+        "parameters": dict(config.parameters),
+        "domains": {name: list(weights) for name, weights in config.domains.items()},
+        "layers": [{**asdict(span), "live": live} for span, live in spans],
+    }
+
+
+def _digest(spans: Mapping[str, Span]) -> str:
+    """What a dense model is: name, dtype, shape and first bytes of every tensor."""
+    digest = hashlib.sha256()
+    for name, span in sorted(spans.items()):
+        digest.update(f"{name}\0{span.dtype}\0{span.shape}\0".encode())
+        with span.file.open("rb") as file:
+            digest.update(os.pread(file.fileno(), min(span.num_bytes, DIGESTED_BYTES), span.start))
+    return digest.hexdigest()
+
+
+def _dense_tensors(folder: Path, config: SIMoEConfig) -> dict[str, Span]:
+    """The tensors of the dense model that the SIMoE model in `folder` belongs to.
+
+    Raises:
+        InputError: it is not where it was, or it is another model.
+    """
+    if not config.dense.is_dir():
+        raise InputError(
+            f"{folder}: its dense model is not in {config.dense} any more: "
+            f"put it back there, or its new place into {INDEX}"
+        )
+    spans = dense_tensors(config.dense)
+    for layer in config.layout.spans:
+        found = getattr(spans.get(f"{layer.name}.weight"), "shape", None)
+        if found != _dense_shape(layer):
+            raise InputError(
+                f"{folder}: made for a dense model whose {layer.name}.weight is {list(_dense_shape(layer))}; "
+                f"in {config.dense} it is {found and list(found)}"
+            )
+    if _digest(spans) != config.dense_digest:
+        raise InputError(f"{folder}: made for other weights, or another dtype, than those in {config.dense}")
+    return spans
+
+
+def _dense_shape(span: GateSpan) -> tuple[int, ...]:
+    return (span.width,) if span.kind == "norm" else (span.owned, span.width)
+
+
+def _rows_shape(span: GateSpan, rows: int) -> tuple[int, ...]:
+    """Of that many columns' parameters: [J, O], of a norm [J]."""
+    return (rows,) if span.kind == "norm" else (rows, span.owned)
+
+
+def _router_name(name: str) -> str:
+    return f"router.{name}"
+
+
+# ---- writing
+
+
+def write_simoe(
+    out: Path, dense: Path, masks: Masks, deltas: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> None:
+    """Write a trained SIMoE model as the folder `out`, its delta in `dtype`, the dense model by reference.
+
+    `deltas` are `named_parameters` of the interpolated model (or of what wraps it), in any order, let go one
+    by one; those whose names don't end in `.delta` are skipped. `out` appears whole or not at all.
+
+    Raises:
+        InputError: `out` is not empty, or the disk is full.
+        ValueError: masks that don't fit the dense model; a delta that is missing, unknown or of another shape.
+    """
+    layout, num_dense = _outline(dense)
+    gates_MG = masks.gates_MG.detach().float().cpu()
+    if gates_MG.shape != (masks.method.num_experts, layout.size):
+        raise ValueError(f"gates {list(gates_MG.shape)} for [{masks.method.num_experts}, {layout.size}]")
+    columns = _live(gates_MG, layout)
+    config = _described(dense, masks, layout, [len(c) for c in columns.values()], num_dense, dtype)
+    plan = config.plan({name: tuple(tensor.shape) for name, tensor in masks.router.items()})
+    with new_folder(out, total_bytes(plan)) as folder:
+        (folder / INDEX).write_text(json.dumps(_as_json(config), indent=1))
+        with ShardWriter(folder, plan, math.inf, Path(WEIGHTS).stem) as writer:
+            for name, tensor in _mask_tensors(masks, gates_MG, layout, columns):
+                writer.write(name, tensor)
+            for name, delta in deltas:
+                if name.endswith(".delta"):
+                    writer.write(name, _live_rows(name, delta, columns))
+
+
+def _outline(dense: Path) -> tuple[GateLayout, int]:
+    """The gates of the dense model in a folder, and its number of parameters, without its weights."""
+    config = read_config(dense)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return gate_layout(model), sum(p.numel() for p in model.parameters())
+
+
+def _live(gates_MG: Tensor, layout: GateLayout) -> dict[str, Tensor]:
+    """Layer -> its columns that any expert has open, rising."""
+    alive = torch.split((gates_MG != 0).any(0), layout.widths)
+    return {span.name: some.nonzero()[:, 0] for span, some in zip(layout.spans, alive, strict=True)}
+
+
+def _described(
+    dense: Path, masks: Masks, layout: GateLayout, live: Sequence[int], num_dense: int, dtype: torch.dtype
+) -> SIMoEConfig:
+    parameters = {
+        "dense": num_dense,
+        "delta": sum(math.prod(_rows_shape(s, n)) for s, n in zip(layout.spans, live, strict=True)),
+        "gates": masks.method.num_experts * sum(live),
+        "router": sum(tensor.numel() for tensor in masks.router.values()),
+    }
+    domains = {name: tuple(map(float, weights)) for name, weights in masks.domains.items()}
+    path, digest = dense.absolute(), _digest(dense_tensors(dense))
+    return SIMoEConfig(masks.method, path, digest, dtype, layout, tuple(live), parameters, domains)
+
+
+def _mask_tensors(
+    masks: Masks, gates_MG: Tensor, layout: GateLayout, columns: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Everything but the delta."""
+    for name, tensor in masks.router.items():
+        yield _router_name(name), tensor
+    for span, gates in zip(layout.spans, torch.split(gates_MG, layout.widths, 1), strict=True):
+        yield f"{span.name}.columns", columns[span.name]
+        yield f"{span.name}.gates", gates[:, columns[span.name]]
+
+
+def _live_rows(name: str, delta: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    live_J = columns.get(name.removesuffix(".delta"))
+    if live_J is None:
+        raise ValueError(f"{name} is no delta of this model")
+    return delta.detach().index_select(0, live_J.to(delta.device))
+
+
+def export_simoe(folder: Path, out: Path) -> None:
+    """Copy the SIMoE model in `folder` to `out` together with its dense model, so that `out` needs nothing else.
+
+    Raises:
+        InputError: no SIMoE folder; its dense model is gone or another; `out` is not empty; the disk is full.
+    """
+    config = simoe_config(folder)
+    num_bytes = total_bytes(_dense_tensors(folder, config))
+    with _opened(folder):
+        num_bytes += (folder / WEIGHTS).stat().st_size
+    with new_folder(out, num_bytes) as new:
+        (new / INDEX).write_text(json.dumps({**_as_json(config), "dense": EXPORTED_DENSE}, indent=1))
+        shutil.copyfile(folder / WEIGHTS, new / WEIGHTS)
+        copy_dense(config.dense, new / EXPORTED_DENSE)
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class LivePart:
+    """What one layer has beside its dense weight: its live columns."""
+
+    columns_J: Tensor
+    """Rising, int64."""
+    gates_MJ: Tensor
+    delta: Tensor
+    """[J, O], of a norm [J]."""
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    """`simoe.safetensors` of `folder`; InputError if it, or a tensor that is asked for, can't be read."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f"{folder}: {WEIGHTS} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS}: damaged: {error}") from None
+
+
+def _read(file: Any, name: str, *shape: int) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if tuple(tensor.shape) != shape:
+        raise SafetensorError(f"{name} is {list(tensor.shape)}, {INDEX} says {list(shape)}")
+    return tensor
+
+
+def _part(file: Any, span: GateSpan, live: int, num_experts: int) -> LivePart:
+    columns_J = _read(file, f"{span.name}.columns", live).long()
+    if (columns_J.diff(prepend=columns_J.new_tensor([-1])) < 1).any() or (columns_J >= span.width).any():
+        raise SafetensorError(f"{span.name}.columns do not rise from 0 to {span.width - 1}")
+    gates_MJ = _read(file, f"{span.name}.gates", num_experts, live)
+    return LivePart(columns_J, gates_MJ, _read(file, f"{span.name}.delta", *_rows_shape(span, live)))
+
+
+def _parts(file: Any, config: SIMoEConfig) -> Iterator[tuple[GateSpan, LivePart]]:
+    for span, live in zip(config.layout.spans, config.live, strict=True):
+        yield span, _part(file, span, live, config.method.num_experts)
+
+
+class LiveLinear(InterpolatedLinear):
+    """An interpolated linear that holds the live rows of its delta alone; for evaluation."""
+
+    def __init__(self, linear: InterpolatedLinear, rows_JO: Tensor, columns_J: Tensor) -> None:
+        InterpolatedLayer.__init__(self, linear._blend, linear.index)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rows = nn.Parameter(rows_JO, requires_grad=False)
+        self.register_buffer("columns", columns_J)
+
+    @property
+    def delta(self) -> Tensor:  # type: ignore[override]
+        """The whole delta [I, O], made anew."""
+        full_IO = self.rows.new_zeros(self.weight.shape[1], self.weight.shape[0])
+        return full_IO.index_copy_(0, self.columns, self.rows)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        blend = self._blend()
+        if self.merged is not None or blend is None:
+            return F.linear(x, self.weight if self.merged is None else self.merged, self.bias)
+        c_SJ = blend.parts[self.index].index_select(1, self.columns)  # type: ignore[arg-type]
+        if blend.form == "merged":
+            y_NO = self._merged_by_sample(x.flatten(0, -2), c_SJ, blend.segments)
+        else:
+            samples = blend.samples
+            if samples is None:
+                samples = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
+            y_NO = self._factored(x.flatten(0, -2), c_SJ, samples)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    def _factored(self, x_NI: Tensor, c_SJ: Tensor, samples: Tensor) -> Tensor:
+        x_NJ = x_NI.index_select(1, self.columns)  # type: ignore[arg-type]
+        c_NJ = c_SJ.to(x_NI.dtype).index_select(0, samples)
+        return F.linear(x_NI, self.weight, self.bias).addmm_(c_NJ.mul_(x_NJ), self.rows)
+
+    def _merged_by_sample(self, x_NI: Tensor, c_SJ: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
+        merged = (_merged(self.weight, self.rows, self.columns, c_J) for c_J in c_SJ)  # type: ignore[arg-type]
+        return torch.cat(
+            [F.linear(x_NI[s:e], w_OI, self.bias) for (s, e), w_OI in zip(segments, merged, strict=True)]
+        )
+
+
+def _merged(weight: Tensor, rows: Tensor, columns_J: Tensor, c_J: Tensor) -> Tensor:
+    """W + (c * delta)^T of a linear, w + c * delta of a norm: merged in fp32, rounded once to W's dtype."""
+    live = merged_weight(weight.index_select(-1, columns_J), rows, c_J).to(weight.dtype)
+    return weight.index_copy(-1, columns_J, live)
+
+
+@dataclass(frozen=True)
+class SIMoE:
+    """A trained SIMoE model in memory. It holds live columns alone."""
+
+    interpolated: Interpolated
+    router: PromptRouter
+    gates_MG: Tensor
+    config: SIMoEConfig
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model: the dense one, unless `interpolated` has coefficients set."""
+        return self.interpolated.model
+
+    @torch.no_grad()
+    def expert_weights(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
+        """a [S, M] of tokenised prompts, as data are rendered: rows that add up to 1."""
+        from raymoe.data.prompts import represent
+
+        kind = self.config.method.prompt_representation
+        with _dense_again(self.interpolated):
+            prompts_SD = represent(self.model, prompts, kind)
+        a_SM: Tensor = self.router(prompts_SD.to(self.gates_MG.device))
+        return a_SM
+
+    def coefficients(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
+        """c = a Z [S, G] of tokenised prompts."""
+        return self.expert_weights(prompts) @ self.gates_MG
+
+
+@contextmanager
+def _dense_again(interpolated: Interpolated) -> Iterator[None]:
+    """Within the block the model is the dense one, whatever is set or merged around it."""
+    blend, merged = interpolated.blend, [layer.merged for layer in interpolated.layers]
+    interpolated.clear()
+    for layer in interpolated.layers:
+        layer.merged = None
+    try:
+        yield
+    finally:
+        interpolated.blend = blend
+        for layer, weight in zip(interpolated.layers, merged, strict=True):
+            layer.merged = weight
+
+
+def load_simoe(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    attn_implementation: str | None = None,
+) -> SIMoE:
+    """The SIMoE model in `folder`, in evaluation mode, its weights in `dtype`, gates and router in fp32.
+
+    Raises:
+        InputError: no SIMoE folder, a damaged one, one of another version, or one whose dense model is gone
+            or another.
+    """
+    config = simoe_config(folder)
+    _dense_tensors(folder, config)
+    model = _dense_model(config.dense, dtype, attn_implementation)
+    interpolated = interpolate(model, _without_deltas)
+    if interpolated.layout != config.layout:
+        raise InputError(f"{folder}: its layers are not those of the dense model in {config.dense}")
+    gates_MG = torch.zeros(config.method.num_experts, config.layout.size)
+    layers = []
+    with _opened(folder) as file:
+        router = _router(file, config, model.config.hidden_size)
+        for layer, (span, part) in zip(interpolated.layers, _parts(file, config), strict=True):
+            gates_MG[:, span.start + part.columns_J] = part.gates_MJ
+            layers.append(_loaded_layer(layer, part, dtype))
+            model.set_submodule(span.name, layers[-1])
+    interpolated.layers = tuple(layers)
+    model.to(device).eval()
+    return SIMoE(interpolated, router.to(device), gates_MG.to(device), config)
+
+
+def _dense_model(dense: Path, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            dense, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"{dense}: can't be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _without_deltas(module: nn.Module) -> None:
+    """Free the zeros that the layers in `module` start from, so that they never exist for the whole model."""
+    for layer in module.modules():
+        if isinstance(layer, InterpolatedLayer):
+            layer.delta = nn.Parameter(layer.delta.to("meta"), requires_grad=False)
+
+
+def _loaded_layer(layer: InterpolatedLayer, part: LivePart, dtype: torch.dtype) -> InterpolatedLayer:
+    if isinstance(layer, InterpolatedLinear):
+        return LiveLinear(layer, part.delta.to(dtype), part.columns_J)
+    delta = torch.zeros_like(layer.weight).index_copy_(0, part.columns_J, part.delta.to(dtype))
+    layer.delta = nn.Parameter(delta, requires_grad=False)
+    return layer
+
+
+def _router(file: Any, config: SIMoEConfig, width: int) -> PromptRouter:
+    router = PromptRouter(config.method, width)
+    state = router.state_dict()
+    router.load_state_dict({n: _read(file, _router_name(n), *t.shape) for n, t in state.items()})
+    return router.requires_grad_(False).eval()
+
+
+# ---- one plain model per prompt
+
+
+def generate_simoe(
+    simoe: SIMoE,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[NDArray[np.int32]],
+    max_new_tokens: int,
+    stop: Collection[int] = (),
+) -> list[str]:
+    """Greedy completions of tokenised prompts; equal prompts are routed, merged and decoded once."""
+    distinct = {prompt.tobytes(): prompt for prompt in prompts}
+    c_SG = simoe.coefficients(list(distinct.values()))
+    texts = generate_merged(
+        simoe.interpolated, c_SG, tokenizer, list(distinct.values()), max_new_tokens, stop=stop
+    )
+    by_prompt = dict(zip(distinct, texts, strict=True))
+    return [by_prompt[prompt.tobytes()] for prompt in prompts]
+
+
+def generate_merged(
+    interpolated: Interpolated,
+    coefficients_SG: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[NDArray[np.int32]],
+    max_new_tokens: int,
+    synced: bool = False,
+    stop: Collection[int] = (),
+) -> list[str]:
+    """Greedy completions with the weights merged once per distinct row of `coefficients_SG`.
+
+    Decoding costs what it costs with the dense model; prompts with the same row are decoded together.
+    `synced` and `stop` as in `raymoe.evaluate.generate`.
+    """
+    from raymoe.evaluate import generate
+
+    rows, group_S = torch.unique(coefficients_SG, dim=0, return_inverse=True)
+    texts = [""] * len(prompts)
+    for group, c_G in enumerate(rows):
+        members = (group_S == group).nonzero()[:, 0].tolist()
+        with interpolated.merged(c_G):
+            some = [prompts[i] for i in members]
+            completions = generate(interpolated.model, tokenizer, some, max_new_tokens, synced, stop)
+        for i, text in zip(members, completions, strict=True):
+            texts[i] = text
+    return texts
+
+
+def merge(folder: Path, out: Path, expert_weights_M: Sequence[float] | Tensor) -> float:
+    """Write the plain dense model that the SIMoE model in `folder` is for one vector of expert weights.
+
+    It is of the dense model's own architecture and of its tensors' own dtypes: merged in fp32, rounded once.
+    Tensor by tensor; those without gates are copied byte for byte. `out` appears whole or not at all.
+
+    Returns:
+        The share of the delta that survived that rounding: 1 if all of it did.
+
+    Raises:
+        InputError: as `load_simoe`; `out` is not empty; the disk is full.
+        ValueError: not one weight per expert.
+    """
+    config = simoe_config(folder)
+    weights_M = torch.as_tensor(expert_weights_M, dtype=torch.float32).cpu()
+    if weights_M.shape != (config.method.num_experts,):
+        raise ValueError(f"{list(weights_M.shape)} expert weights for {config.method.num_experts} experts")
+    spans = _dense_tensors(folder, config)
+    untouched = spans.keys() - {f"{span.name}.weight" for span in config.layout.spans}
+    survived = wanted = 0.0
+    with _opened(folder) as file, new_folder(out, total_bytes(spans)) as new:
+        write_companions(new, config.dense, read_config(config.dense))
+        with ShardWriter(new, spans) as writer:
+            for name in untouched:
+                writer.write(name, spans[name])
+            for span, part in _parts(file, config):
+                weight, c_J = load_tensor(spans, f"{span.name}.weight"), weights_M @ part.gates_MJ
+                writer.write(f"{span.name}.weight", _merged(weight, part.delta, part.columns_J, c_J))
+                live = weight.index_select(-1, part.columns_J)
+                shares = kept_share(live, part.delta, c_J, weight.dtype)
+                survived, wanted = survived + shares[0], wanted + shares[1]
+    return survived / wanted if wanted else 1.0
+
+
+def route(folder: Path, text: str, data: Data) -> list[float]:
+    """Expert weights [M] that the SIMoE model in `folder` gives a user's message.
+
+    Raises:
+        InputError: as `load_simoe` and `prompt_tokens`.
+    """
+    config = simoe_config(folder)
+    simoe = load_simoe(folder, config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(config.dense, local_files_only=True)
+    weights_1M = simoe.expert_weights([prompt_tokens(text, tokenizer, data)])
+    return weights_1M[0].tolist()
+
+
+def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> NDArray[np.int32]:
+    """The tokens of `text` as a user's message, rendered as the prompts of `data` are.
+
+    Raises:
+        InputError: the tokenizer's chat template can't render it.
+    """
+    one = Instruction("", "", "", (("user", text),), "-", "prompt")
+    settings = {"max_length": 10**9, "on_bad_row": "error"}
+    return encode([one], tokenizer, data.model_copy(update=settings)).prompt(0)

@@ -1,0 +1,26 @@
+"""Which method is best, by more than the seed decides?
+
+python sweeps/methods.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
+"""
+
+from raymoe.config import METHODS, Run, replace
+from raymoe.sweep import Point, Sweep, main
+
+SEEDS = (0, 1, 2)
+
+
+def run(base: Run, point: Point) -> Run:
+    """`base` with the point's method; its seed is added to that of `base`."""
+    return replace(base, {"method.name": point["method"], "seed": base.seed + int(point["seed"])})
+
+
+SWEEP = Sweep(
+    name="methods",
+    question="which method has the lowest held-out loss at equal tokens, on average over seeds?",
+    points=[{"method": method, "seed": seed} for method in METHODS for seed in SEEDS],
+    run=run,
+    average_over="seed",
+)
+
+if __name__ == "__main__":
+    main(SWEEP)

@@ -1,0 +1,30 @@
+"""What does sparsity cost SIMoE, beside full fine-tuning and sparse upcycling?
+
+python sweeps/sparsity_target.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
+"""
+
+from raymoe.config import Run, replace
+from raymoe.sweep import Point, Sweep, main
+
+TARGETS = (0.5, 0.75, 0.9, 0.95)
+
+
+def run(base: Run, point: Point) -> Run:
+    """`base` with the point's method and its settings; whatever else `base.method` sets is kept where it can."""
+    settings = {f"method.{key}": value for key, value in point.items() if key != "method"}
+    return replace(base, {"method.name": point["method"], **settings})
+
+
+SWEEP = Sweep(
+    name="sparsity_target",
+    question="how sparse can SIMoE's experts be, and what does it gain on full fine-tuning and sparse upcycling?",
+    points=[
+        {"method": "dense"},
+        {"method": "su", "num_experts": 4, "top_k": 2},
+        *({"method": "simoe", "sparsity_target": target} for target in TARGETS),
+    ],
+    run=run,
+)
+
+if __name__ == "__main__":
+    main(SWEEP)

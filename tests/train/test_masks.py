@@ -1,0 +1,289 @@
+"""SIMoE's training against the paper's formulas written out, itself resumed, and itself on other workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from raymoe.config import Run, SparseInterpolation
+from raymoe.data.instructions import Encoded, prepare
+from raymoe.models.simoe import Gates, PromptRouter, gate_layout
+from raymoe.train.job import TrainJob
+from raymoe.train.order import Order, learning_rate
+from raymoe.train.worker import Trainer, train
+
+METHOD = SparseInterpolation(
+    num_experts=3, sparsity_target=0.5, orthogonality=0.1, mask_learning_rate=0.1, delta_learning_rate=1e-2
+)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment(monkeypatch.setenv, 0, 1, free_port())
+
+
+@pytest.fixture(scope="module")
+def encoded(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("encoded")
+    prepare(small_run(pico, data_folder).data, pico, out, corpus=None, seed=0)
+    return out
+
+
+def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dict[str, float]]:
+    """The same training with torch and stock transformers alone, one example and one whole theta(x) at a time."""
+    method, o = run.method, run.optimization
+    assert isinstance(method, SparseInterpolation)
+    model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation="eager")
+    dense = {name: p.detach() for name, p in model.named_parameters()}
+    layout = gate_layout(model)  # its columns' order alone: which gates are drawn how is a convention
+    delta = {
+        s.name + ".weight": torch.zeros_like(dense[s.name + ".weight"], requires_grad=True)
+        for s in layout.spans
+    }
+    log_alpha = Gates(method, layout, run.seed).log_alpha
+    h = PromptRouter(method, model.config.hidden_size, run.seed)
+    owned = torch.cat([torch.full((s.width,), float(s.owned)) for s in layout.spans])
+    adamw = torch.optim.AdamW(
+        delta.values(), lr=1, betas=(o.beta1, o.beta2), eps=o.epsilon, weight_decay=o.weight_decay
+    )
+    adam = torch.optim.Adam(
+        [
+            {"params": [log_alpha], "betas": (0.5, 0.95)},
+            {"params": list(h.parameters()), "betas": (0.9, 0.95)},
+        ]
+    )
+    data, rows = Encoded.load(encoded / "train"), np.load(prompts / "train.npy")
+    order = Order(data, LENGTH, o, run.seed)
+    multiplier, reached, told = 0.0, 0.0, []
+    for step in range(order.total_steps):
+        number = int(np.random.default_rng([run.seed, step]).integers(2**62))
+        u = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(number))
+        s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / (2 / 3))
+        z = (s * 1.2 - 0.1).clamp(0, 1)
+        records = [int(r) for window in order.windows(step) for r in window]
+        total = sum(len(data.completion(r)) for r in records)
+        nll = torch.zeros(())
+        for r in records:
+            x = F.layer_norm(torch.tensor(rows[r]), (32,), h.norm.weight, h.norm.bias)
+            a = (h.layers[0].weight @ x + h.layers[0].bias).softmax(-1)
+            parts = (a @ z).split(layout.widths)
+            theta = {
+                n: dense[n] + c * delta[n] for (n, c) in zip(delta, parts, strict=True)
+            }  # c: input columns
+            ids = torch.tensor(data.example(r), dtype=torch.long)[None]
+            labels = ids.clone()
+            labels[:, : int(data.prompt_lengths[r])] = -100
+            out: Any = torch.func.functional_call(model, theta, kwargs={"input_ids": ids, "labels": labels})
+            nll = nll + out.loss * len(data.completion(r)) / total
+        closed = 1 - torch.sigmoid(log_alpha - (2 / 3) * np.log(0.1 / 1.1))
+        expected = (closed.prod(0) ** (1 / method.num_experts) * owned).sum() / owned.sum()
+        tau = method.sparsity_target * min(1.0, (step + 1) / (method.sparsity_warmup * order.total_steps))
+        unit = z / z.norm(dim=1, keepdim=True)
+        apart = (unit @ unit.T - torch.eye(len(z))).norm()
+        price = multiplier + method.sparsity_penalty * (tau - reached)
+        loss = nll + method.orthogonality * apart + price * (tau - expected)
+        for optimizer in (adamw, adam):
+            optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(delta.values(), o.max_grad_norm)
+        rate = learning_rate(step, order.total_steps, o)
+        scheduled = rate / o.learning_rate
+        adamw.param_groups[0]["lr"] = method.delta_learning_rate * scheduled
+        adam.param_groups[0]["lr"] = method.mask_learning_rate * scheduled**0.5
+        adam.param_groups[1]["lr"] = method.router_learning_rate * scheduled
+        adamw.step()
+        adam.step()
+        log_alpha.data.clamp_(-np.log(100), np.log(100))
+        dead = ((torch.sigmoid(log_alpha) * 1.2 - 0.1).clamp(0, 1) == 0).all(0)
+        reached = float(owned[dead].sum() / owned.sum())
+        growth = method.sparsity_rate / order.total_steps * (tau - reached)
+        multiplier = (0.0 if growth * multiplier < 0 else multiplier) + growth
+        told.append(
+            {"train/loss": float(nll.detach()), "masks/multiplier": multiplier, "masks/sparsity": reached}
+        )
+    return told
+
+
+def _rows(session: LocalSession) -> list[dict[str, float]]:
+    return [m for _, m in session.rows if "train/loss" in m]
+
+
+@pytest.mark.parametrize("form", ["factored", "merged"])
+def test_training_equals_the_formulas_written_out(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, form: str
+) -> None:
+    method = METHOD.model_copy(update={"log_alpha_mean": -2.0})
+    run = small_run(pico, data_folder, method, epsilon=1e-5)  # gradients of 0 +- rounding stay near 0
+    session = LocalSession()
+    train(small_job(run, pico, encoded, tmp_path / "out", simoe_form=form), session)
+    expected = _written_out(run, pico, encoded, tmp_path / "out" / "prompts")
+    assert len(expected) == 6
+    for ours, theirs in zip(_rows(session), expected, strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
+    assert (
+        expected[-1]["train/loss"] < expected[0]["train/loss"] - 0.1
+    )  # it learns, so equality says something
+    assert 0 < expected[-1]["masks/sparsity"] < 1
+
+
+def test_it_starts_as_the_dense_model_whose_weights_stay(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
+) -> None:
+    run = small_run(pico, data_folder, METHOD)
+    session = LocalSession()
+    trainer = Trainer(small_job(run, pico, encoded, tmp_path / "out"), session)
+    dense = LocalSession()
+    train(small_job(small_run(pico, data_folder), pico, encoded, tmp_path / "dense"), dense)
+    trainer.milestone()
+    assert session.rows[0][1]["eval/loss"] == pytest.approx(dense.rows[0][1]["eval/loss"], abs=1e-6)
+    while trainer.state.step < 6:
+        trainer.step()
+    frozen = dict(AutoModelForCausalLM.from_pretrained(pico).named_parameters())
+    trained = dict(trainer.engine.module.model.named_parameters())
+    for name, value in frozen.items():
+        assert torch.equal(trained[name], value), name
+        assert trained[name].grad is None
+    optimised = sum(p.numel() for group in trainer.engine.optimizer.param_groups for p in group["params"])
+    assert optimised == sum(
+        p.numel() for name, p in frozen.items() if "embed" not in name and "lm_head" not in name
+    )
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("scope", ["union", "per_expert"])
+def test_a_resumed_run_has_the_identical_next_losses_and_multipliers(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int, scope: str
+) -> None:
+    run = small_run(pico, data_folder, METHOD.model_copy(update={"sparsity_scope": scope}))
+    options = {"zero_stage": zero_stage, "checkpoint_every": 2}
+    whole = LocalSession()
+    train(small_job(run, pico, encoded, tmp_path / "a", **options), whole)
+    stopped = LocalSession(tmp_path / "checkpoint", stop_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_job(run, pico, encoded, tmp_path / "a", **options), stopped)
+    resumed = LocalSession(tmp_path / "checkpoint", resume=True)
+    train(small_job(run, pico, encoded, tmp_path / "b", **options), resumed)
+    later = [_timeless(m) for m in _rows(whole)[4:]]
+    assert [_timeless(m) for m in _rows(resumed)] == later
+    assert later[0]["masks/multiplier"] > 0
+    written = [json.loads((tmp_path / name / "masks.json").read_text()) for name in "ab"]
+    assert written[0] == written[1]
+
+
+def _timeless(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.startswith("system/")}
+
+
+def test_a_checkpoint_leaves_the_frozen_weights_out(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
+) -> None:
+    session = LocalSession(tmp_path / "checkpoint")
+    train(
+        small_job(small_run(pico, data_folder, METHOD), pico, encoded, tmp_path / "out", zero_stage=1),
+        session,
+    )
+    (file,) = (tmp_path / "checkpoint").rglob("mp_rank_00_model_states.pt")
+    names = torch.load(file, map_location="cpu", weights_only=False)["module"].keys()
+    assert [n for n in names if n.endswith(".delta")]
+    assert not [n for n in names if n.endswith((".weight", ".bias"))]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"micro_batch": 4}, {"activation_checkpointing": True}, {"zero_stage": 3}]
+)
+def test_execution_changes_nothing(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    run = small_run(pico, data_folder, METHOD)
+    sessions = LocalSession(), LocalSession()
+    train(small_job(run, pico, encoded, tmp_path / "a", micro_batch=1), sessions[0])
+    train(small_job(run, pico, encoded, tmp_path / "b", **{"micro_batch": 1, **setting}), sessions[1])
+    one, other = (_rows(session) for session in sessions)
+    for a, b in zip(one, other, strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], abs=1e-4)
+        assert b["masks/sparsity"] == pytest.approx(a["masks/sparsity"], abs=5e-3)
+
+
+def test_bfloat16_trains_with_gates_in_float32(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
+) -> None:
+    run = small_run(pico, data_folder, METHOD, learning_rate=1e-3)
+    full, half = LocalSession(), LocalSession()
+    train(small_job(run, pico, encoded, tmp_path / "full"), full)
+    job = small_job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
+    trainer = Trainer(job, LocalSession())
+    assert trainer.masks is not None
+    assert {p.dtype for p in [trainer.masks.gates.log_alpha, *trainer.masks.router.parameters()]} == {
+        torch.float32
+    }
+    assert {p.dtype for p in trainer.engine.module.model.parameters()} == {torch.bfloat16}
+    train(job, half)
+    for ours, exact in zip(_rows(half), _rows(full), strict=True):
+        assert ours["train/loss"] == pytest.approx(exact["train/loss"], rel=0.02)
+        assert ours["masks/sparsity"] == pytest.approx(exact["masks/sparsity"], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("target", "scope"), [(0.5, "union"), (0.9, "union"), (0.5, "mean"), (0.75, "per_expert")]
+)
+def test_the_sparsity_target_is_reached(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, target: float, scope: str
+) -> None:
+    method = SparseInterpolation(num_experts=3, sparsity_target=target, sparsity_scope=scope)
+    run = small_run(pico, data_folder, method, max_steps=60, num_epochs=30, learning_rate=1e-3)
+    evaluations = train(small_job(run, pico, encoded, tmp_path / "out"), LocalSession())
+    assert evaluations[-1]["masks/sparsity"] == pytest.approx(target, abs=0.02)  # of 640 gates
+    description = json.loads((tmp_path / "out" / "masks.json").read_text())
+    assert np.mean(description["sparsity"][scope]) == pytest.approx(evaluations[-1]["masks/sparsity"])
+
+
+def _distributed_worker(rank: int, world: int, port: int, job: TrainJob, out: Path) -> None:
+    environment(os.environ.__setitem__, rank, world, port)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    session = LocalSession()
+    session.rank, session.world_size = rank, world
+    train(job, session)
+    if rank == 0:
+        (out / "rows.json").write_text(json.dumps([_rows(session), session.rows[-1][1]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_two_workers_give_the_losses_of_one(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    run = small_run(pico, data_folder, METHOD)
+    alone = LocalSession()
+    train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
+    job = small_job(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
+    mp.spawn(_distributed_worker, (2, free_port(), job, tmp_path), nprocs=2)
+    rows, last = json.loads((tmp_path / "rows.json").read_text())
+    for ours, one in zip(rows, _rows(alone), strict=True):
+        for name in ("train/loss", "masks/multiplier", "masks/sparsity", "masks/overlap"):
+            assert ours[name] == pytest.approx(one[name], abs=5e-4), name
+    for name in ("eval/loss", "eval/math/loss", "eval/math/exact_match"):
+        assert last[name] == pytest.approx(alone.rows[-1][1][name], abs=1e-3), name
+
+
+def test_a_mask_learning_rate_that_saturates_the_gates_is_told(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
+) -> None:
+    early = {}
+    for rate in (0.01, 50.0):
+        method = METHOD.model_copy(update={"mask_learning_rate": rate})
+        run = small_run(pico, data_folder, method, warmup_fraction=0.0)
+        evaluations = train(small_job(run, pico, encoded, tmp_path / str(rate)), LocalSession())
+        early[rate] = evaluations[-1]["masks/saturated_early"]
+    assert early[0.01] < 0.2 and early[50.0] > 0.9
