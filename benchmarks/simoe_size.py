@@ -182,7 +182,8 @@ def measure(o: argparse.Namespace) -> None:
     """The child's part: print the peak of training steps above the level before, and the parameters trained."""
     if o.size != "tiny":
         step.SHAPES["cpu"] = MEASURED
-    o.dtype, o.experts, o.tokens, o.layers, o.num_experts = getattr(torch, o.dtypes[0]), [4], None, None, 8
+    o.dtype, o.experts, o.tokens, o.layers = getattr(torch, o.dtypes[0]), [4], None, None
+    o.num_experts, o.log_alpha = METHOD.num_experts, 40.0
     contest = Documents(o, 128)
     before = memory("VmRSS")
     made = contestant(contest, o.contestant)

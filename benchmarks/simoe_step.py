@@ -1,7 +1,7 @@
 """What a training step of SIMoE costs, against full fine-tuning of the dense model, in both of its forms.
 
     python benchmarks/simoe_step.py [--device cuda] [--dtype bfloat16] [--tokens 2048] [--documents 64 256 1024]
-    python benchmarks/simoe_step.py --sweep     # which form is faster, from how many live columns skipping pays
+    python benchmarks/simoe_step.py --log-alpha 4.605    # compact as far as training's limits let gates close
 
 A step of SIMoE is what its trainer does: sample the gates, mix them by the prompts, forward and backward,
 clipping and torch's fused AdamW on the delta, orthogonality and sparsity constraint, Adam on gates and router.
@@ -9,7 +9,9 @@ The dense model learns all its parameters. Both see the same packed batch withou
 is learnt. Taking turns, for every length of a document:
 
 - factored and merged at the start, when (nearly) every column is open in some expert;
-- factored and merged when compact: all experts have the same 25% of the columns open;
+- factored and merged when compact: all experts have the same 25% of the columns open, at log_alpha = 40, and the
+  others closed, at -40. (At -4.6, where training stops, noise opens a closed gate in 5% of the steps, and so
+  a column in any of 8 experts in 32%: `--log-alpha` shows what that costs, `live_share` how many are open.)
 - dense, and its floor: the GEMMs of all linear layers, forward and twice backward.
 
 A form's floor are its own GEMMs, of a share s of live columns (2 + s) / 3 of the dense ones where it merges and
@@ -38,8 +40,8 @@ from raymoe.models.causal_loss import CausalLoss
 from raymoe.train.masks import MaskTrainer
 
 FORMS: tuple[simoe.Form, ...] = ("factored", "merged")
-COMPACT = 0.25
-"""Share of the columns that are open when compact."""
+STATES = {"start": 1.0, "compact": 0.25}
+"""Share of the columns that are open."""
 STANDS_STILL = 1e-9
 """Learning rate of the gates: what is open at the first step is open at the last."""
 
@@ -60,7 +62,7 @@ class Interpolating(Contestant):
     """SIMoE in one form; `share` of its columns are open in all experts, the others in none (1: as it starts)."""
 
     def __init__(self, contest: Contest, form: simoe.Form, share: float) -> None:
-        self.batch, self.form = contest.batch, form
+        self.batch, self.form, self.limit = contest.batch, form, contest.o.log_alpha
         dense = contest.dense_model()
         self.interpolated = simoe.interpolate(dense)
         self.masks = self._trainer(contest)
@@ -85,16 +87,18 @@ class Interpolating(Contestant):
                 total_steps=10**6,
                 device=device,
                 world_size=1,
+                learning_rate=1e-7,
                 precision=str(contest.o.dtype).removeprefix("torch."),
                 form=self.form,
             )
         return masks
 
     def _start(self, share: float) -> Tensor:
-        """log_alpha; beyond the trainer's limits where columns are dead, so that no noise opens them."""
+        """log_alpha [M, G]."""
         given = self.masks.gates.log_alpha.detach().clone()
         open_G = torch.rand(given.shape[1], generator=torch.Generator().manual_seed(2)) < share
-        return given if share == 1 else torch.where(open_G, 40.0, -40.0).to(given).expand_as(given)
+        far = self.limit
+        return given if share == 1 else torch.where(open_G, far, -far).to(given).expand_as(given)
 
     @property
     def live_share(self) -> float:
@@ -163,43 +167,44 @@ def compare(contest: Documents) -> None:
     """Time all contestants of one length of documents and print their figures."""
     o = contest.o
     dense = contest.dense()
+    field = {
+        (name, form): Interpolating(contest, form, share) for name, share in STATES.items() for form in FORMS
+    }
     work: dict[str, Callable[[], object]] = {"dense": dense.step, "dense floor": floor(contest, None)}
-    for share, name in ((1.0, ""), (COMPACT, "compact ")):
-        for form in FORMS:
-            work[name + form] = Interpolating(contest, form, share).step
-            work[f"{name}{form} floor"] = floor(contest, form, share)
+    for (name, form), contestant in field.items():
+        work[f"{name} {form}"] = contestant.step
+        work[f"{name} {form} floor"] = floor(contest, form, STATES[name])
     rounds = interleaved(work, o.rounds)
-    samples = len(contest.batch.documents)
-    print(f"{samples} documents of {contest.document} tokens")
+    print(f"{len(contest.batch.documents)} documents of {contest.document} tokens")
     print("  ms: " + ", ".join(f"{name} {1000 * rounds.median(name):.1f}" for name in work))
-    for prefix, figure_name, goal in (
-        ("", "simoe_step_vs_dense", 1.08),
-        ("compact ", "simoe_compact_step_vs_dense", 1.0),
-    ):
-        report(contest, rounds, prefix, figure_name, goal)
+    report(contest, rounds, "start", "simoe_step_vs_dense", 1.08, field["start", "merged"].live_share)
+    report(
+        contest, rounds, "compact", "simoe_compact_step_vs_dense", 1.0, field["compact", "merged"].live_share
+    )
 
 
-def report(contest: Documents, rounds: Rounds, prefix: str, name: str, goal: float) -> None:
+def report(contest: Documents, rounds: Rounds, state: str, name: str, goal: float, live_share: float) -> None:
     """Which form is faster, which one raymoe picks, and the figure of each."""
     o, samples = contest.o, len(contest.batch.documents)
-    faster = min(FORMS, key=lambda form: rounds.median(prefix + form))
+    faster = min(FORMS, key=lambda form: rounds.median(f"{state} {form}"))
     picked = simoe.chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)
-    print(f"  {prefix or 'at the start '}faster: {faster}; picked: {picked}")
+    print(f"  {state}: faster {faster}, picked {picked}, {live_share:.0%} of the columns open")
     for form in FORMS:
-        contestant = prefix + form
+        own = f"{state} {form}"
         figure(
             name,
             "the dense model's step",
-            rounds.ratio(contestant, "dense"),
+            rounds.ratio(own, "dense"),
             goal,
-            rounds.ratio(contestant, f"{contestant} floor"),
+            rounds.ratio(own, f"{own} floor"),
             o.device,
             form=form,
             picked=form == picked,
             dtype=str(o.dtype).removeprefix("torch."),
             samples=samples,
             tokens_per_sample=contest.document,
-            floor_vs_dense_floor=round(rounds.ratio(f"{contestant} floor", "dense floor"), 4),
+            live_share=round(live_share, 4),
+            floor_vs_dense_floor=round(rounds.ratio(f"{own} floor", "dense floor"), 4),
         )
 
 
@@ -209,6 +214,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, help="tokens of a step")
     options.add_argument("--documents", type=int, nargs="+", default=[64, 256, 1024], help="their tokens")
     options.add_argument("--num-experts", type=int, default=8)
+    options.add_argument("--log-alpha", type=float, default=40.0, help="of open gates when compact")
     options.add_argument("--layers", type=int)
     o = options.parse_args()
     o.experts = [4]  # what the shapes of a GPU are divided by

@@ -279,23 +279,25 @@ class SparseInterpolation(Config):
     sparsity_warmup: float = Field(0.5, ge=0, le=1)
     """Share of training over which the target rises to `sparsity_target`."""
     sparsity_rate: float = Field(150.0, gt=0)
-    """What the constraint's multiplier would grow by over the whole training if the target were missed by 1."""
-    sparsity_penalty: float = Field(20.0, ge=0)
-    """Weight of the constraint's quadratic term, which keeps the multiplier from overshooting."""
-    orthogonality: float = Field(0.03, ge=0)
+    """What the constraint's multiplier would grow by over the whole training if the target were missed by 1. In
+    units in which 1 moves the gates as strongly as the loss does."""
+    sparsity_penalty: float = Field(8.0, ge=0)
+    """Weight of the constraint's quadratic term, in the same units; it keeps the multiplier from overshooting."""
+    orthogonality: float = Field(0.01, ge=0)
     """Weight of the loss on what experts have in common."""
     delta_learning_rate: float | None = Field(None, gt=0)
-    """AdamW's learning rate of the delta; by default 4 times `optimization.learning_rate`: gates shrink steps."""
+    """AdamW's learning rate of the delta; by default 8 times `optimization.learning_rate`: gates and router shrink its steps."""
     mask_learning_rate: float | None = Field(None, gt=0)
-    """Adam's learning rate of the gates (of their log_alpha, within [-4.6, 4.6]); by default 10 / steps, which
-    takes a gate across that range once."""
-    router_learning_rate: float = Field(3e-3, gt=0)
-    """Adam's learning rate of the prompt router."""
+    """Learning rate of the gates (of their log_alpha, within [-4.6, 4.6]); by default 22 / steps, which takes
+    them across that range well before the end."""
+    router_learning_rate: float | None = Field(None, gt=0)
+    """Adam's learning rate of the prompt router; by default 8 / (steps * width)."""
     router_hidden_size: int | None = Field(None, ge=1)
     """Width of the router's hidden layer; by default it has none."""
-    log_alpha_mean: float = Field(0.0, ge=-4.6, le=4.6)
-    """Where gates start: 0 is half open."""
-    log_alpha_std: float = Field(0.5, ge=0)
+    log_alpha_mean: float = Field(2.0, ge=-4.6, le=4.6)
+    """Where gates start: 0 is half open, 2 almost open."""
+    log_alpha_std: float = Field(1.0, ge=0)
+    """How far apart they start; gates that start alike sink together and stay barely open."""
     prompt_representation: Literal["last_hidden", "embedding"] = "last_hidden"
     """What the router sees of a prompt, averaged over its tokens: the dense model's last hidden state, computed
     once per data set, or the token embeddings."""

@@ -22,6 +22,13 @@ FIGURES = {
     },
     "overhead": {"step_overhead_vs_bare_loop"},
     "scoring": {"scoring_vs_naive", "scoring_vs_forward"},
+    "simoe_decode": {"simoe_decode_vs_dense", "simoe_factored_decode_vs_merging"},
+    "simoe_size": {
+        "simoe_size_vs_upcycled_active",
+        "simoe_state_vs_upcycled",
+        "simoe_peak_memory_vs_upcycled",
+    },
+    "simoe_step": {"simoe_step_vs_dense", "simoe_compact_step_vs_dense"},
     "step": {"moe_step_vs_dense", "moe_step_vs_mixtral_eager", "moe_step_vs_mixtral_grouped_mm"},
     "upcycle": {"upcycle_vs_copy"},
 }
@@ -29,10 +36,13 @@ FORBIDDEN = {
     "clusters": "ray,deepspeed,mlflow",
     "overhead": "ray",  # it measures DeepSpeed, which imports mlflow
     "scoring": "deepspeed,mlflow",  # its stage drives Ray
+    "simoe_decode": "ray,deepspeed,mlflow",
+    "simoe_size": "ray,deepspeed,mlflow",
+    "simoe_step": "ray,deepspeed,mlflow",
     "step": "ray,deepspeed,mlflow",
     "upcycle": "ray",  # transformers imports DeepSpeed to save a model
 }
-NO_FLOOR = {"clusters_inertia"}
+NO_FLOOR = {"clusters_inertia", *FIGURES["simoe_size"]}
 # Runs the script, then fails if it brought in a framework that it does not measure.
 RUN = """
 import runpy, sys
@@ -101,3 +111,27 @@ def test_step_measures_every_number_of_experts_in_the_dtype_asked_for() -> None:
     assert len(figures) == 6
     assert {figure["experts"] for figure in figures} == {2, 3}
     assert {(figure["dtype"], figure["tokens"]) for figure in figures} == {("bfloat16", 48)}
+
+
+@pytest.mark.slow
+def test_simoe_step_measures_both_forms_for_every_length() -> None:
+    figures = run("simoe_step", "--dtype", "bfloat16", "--documents", "16", "32")
+    for name in FIGURES["simoe_step"]:
+        own = [figure for figure in figures if figure["name"] == name]
+        assert {(f["form"], f["tokens_per_sample"]) for f in own} == {
+            (form, length) for form in ("factored", "merged") for length in (16, 32)
+        }
+        assert all(f["picked"] == (f["form"] == "factored") for f in own)  # bfloat16: merging loses deltas
+    shares = {figure["name"]: figure["live_share"] for figure in figures}
+    assert shares["simoe_step_vs_dense"] == 1 and 0.1 < shares["simoe_compact_step_vs_dense"] < 0.4
+
+
+@pytest.mark.slow
+def test_simoe_sizes_are_those_of_the_published_models() -> None:
+    figures = [f for f in run("simoe_size", "--dtypes", "float32") if f["device"] == "arithmetic"]
+    sizes = {f["model"]: f for f in figures if f["name"] == "simoe_size_vs_upcycled_active"}
+    billions = {"Llama-3.2-3B": (3.21, 2.11), "Llama-3-8B": (8.03, 5.64)}  # the model, its FFNs
+    assert sizes.keys() == billions.keys()
+    for name, (dense, ffn) in billions.items():
+        assert sizes[name]["upcycled_active"] / 1e9 == pytest.approx(dense + ffn, abs=0.02)
+        assert sizes[name]["total"] / 1e9 < dense + ffn

@@ -13,10 +13,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raymoe import stages
-from raymoe.config import ContextRepresentations, Job, Representations, TaskRepresentations, load
+from raymoe.analysis.size import sizes
+from raymoe.config import (
+    ContextRepresentations,
+    Job,
+    Representations,
+    Run,
+    SparseInterpolation,
+    TaskRepresentations,
+    load,
+    parse_overrides,
+)
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
+SIMOE = [file for file in FILES if file.stem.endswith("-simoe")]
+RSU = [file for file in FILES if file not in SIMOE]
 TABLE_8 = {"OpenOrca": 200_000, "Evol": 100_000, "OSS": 50_000, "MetaMathQA": 200_000}
 LEARNING_RATES = {"danube2": 1e-5, "llama2": 2e-5}  # RSU paper, 5.1.2
 # The dense models' published shapes: 1.83 and 6.74 billion parameters.
@@ -30,6 +42,17 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": 32},
     ),
 }
+LLAMA_3: dict[str, dict[str, Any]] = {  # 3.21 and 8.03 billion
+    "llama3.2-3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "head_dim": 128}
+    | {"num_attention_heads": 24, "tie_word_embeddings": True},
+    "llama3-8b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "tie_word_embeddings": False},
+}
+# The page's baselines, as options after a file.
+BASELINES = {
+    "dense": {"method": "dense"},
+    "upcycled": {"method": "su", "num_experts": 4, "top_k": 2},
+}
 
 
 def of(file: Path, table: dict[str, Any]) -> Any:
@@ -41,7 +64,7 @@ def test_both_methods_are_there_for_both_models() -> None:
     assert names <= {file.stem for file in FILES}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", RSU, ids=lambda f: f.stem)
 def test_figures_are_the_papers(file: Path) -> None:
     job = load(Job, file)
     assert job.optimization.learning_rate == of(file, LEARNING_RATES)
@@ -71,7 +94,7 @@ def test_figures_are_the_papers(file: Path) -> None:
         assert [(s.name, s.max_examples) for s in sources] == [("Open-Orca/SlimOrca", None)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", RSU, ids=lambda f: f.stem)
 def test_state_leaves_half_of_an_80_gb_gpu_to_activations(file: Path) -> None:
     """bf16: 2 bytes of weights, 2 of gradients, 12 of AdamW and fp32 weights (ZeRO paper, section 3)."""
     job, (kind, shape) = load(Job, file), of(file, SHAPES)
@@ -88,6 +111,80 @@ def test_state_leaves_half_of_an_80_gb_gpu_to_activations(file: Path) -> None:
     assert state < 40e9 and job.precision == "bfloat16"
 
 
+def between(run: Run) -> list[str]:
+    """The stages between the tokens and the training."""
+    if isinstance(run.method, SparseInterpolation):
+        return ["prompts"]
+    scored = ["perplexity"] if isinstance(run.method, TaskRepresentations) else []
+    return [*scored, "representations", "clusters", "upcycle"]
+
+
+def test_the_pages_three_setups_are_there() -> None:
+    expected = {"llama3.2-3b-superni-simoe", "llama3-8b-superni-simoe", "llama3-8b-tulu3-simoe"}
+    assert {file.stem for file in SIMOE} == expected
+
+
+@pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
+def test_figures_are_the_pages(file: Path) -> None:
+    job = load(Job, file)
+    method = job.method
+    assert isinstance(method, SparseInterpolation)
+    assert (method.num_experts, method.sparsity_target, method.sparsity_scope) == (8, 0.75, "union")
+    (source,) = job.data.sources("train")
+    columns = (source.system, source.prompt, source.completion)
+    if "superni" in file.stem:
+        assert source.name == "Muennighoff/natural-instructions"
+        assert columns == ("definition", "inputs", "targets")
+    else:
+        assert source.name == "allenai/tulu-3-sft-mixture" and columns == (None, None, None)
+    assert job.model.name == of(
+        file, {"llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3-8b": "meta-llama/Meta-Llama-3-8B"}
+    )
+
+
+@pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
+def test_the_commands_in_its_header_are_the_pages_baselines(file: Path) -> None:
+    train = f"#   raymoe train configs/{file.name} "
+    lines = [line for line in file.read_text().splitlines() if line.startswith(train)]
+    options = [line.removeprefix(train).split("#")[0].split() for line in lines]
+    assert options[0] == ["--dry-run"]
+    base = load(Job, file)
+    for given, baseline in zip(options[1:], BASELINES.values(), strict=True):
+        overrides = parse_overrides(given)
+        assert overrides == baseline
+        run = load(Job, file, overrides)
+        assert run.method.name == baseline["method"]
+        assert (run.data, run.optimization, run.seed) == (base.data, base.optimization, base.seed)
+
+
+@pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
+def test_a_simoe_file_says_its_sizes_and_they_fit(file: Path) -> None:
+    """bf16 with ZeRO-3: 16 bytes of what is trained, 2 of what is frozen, over all workers."""
+    job, text = load(Job, file), file.read_text()
+    shape = {**of(file, LLAMA_3), "num_key_value_heads": 8, "vocab_size": 128_256}
+    assert isinstance(job.method, SparseInterpolation) and job.precision == "bfloat16"
+    with torch.device("meta"):
+        dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape))
+    ends = ("proj.weight", "norm.weight")
+    delta = sum(p.numel() for name, p in dense.named_parameters() if name.endswith(ends))
+    ffn = sum(p.numel() for name, p in dense.named_parameters() if ".mlp." in name)
+    upcycled, active = dense.num_parameters() + 3 * ffn, dense.num_parameters() + ffn
+    for number in (dense.num_parameters(), delta, upcycled, active):
+        assert f"{number / 1e9:.2f}e9" in text
+    assert job.execution.zero_stage == 3
+    workers = job.execution.workers
+    assert workers is not None
+    for name, state in {
+        "Full FT: ": 16 * dense.num_parameters() / workers,
+        f"Upcyc., {upcycled / 1e9:.2f}e9 parameters: ": 16 * upcycled / workers,
+    }.items():
+        assert f"{name}{state / 1e9:.0f} GB" in text
+        assert state < 60e9
+    found = sizes(dense.config, job.method, precision="bfloat16", workers=workers, zero_stage=3)["simoe"]
+    assert f"{found['training_bytes'] / 1e9:.0f} GB a GPU" in text
+    assert f"{found['total'] / 1e9:.2f}e9, {1 - found['total'] / active:.1%} below" in text
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_a_dry_run_resolves_it_without_a_network(file: Path, tmp_path: Path) -> None:
     refused = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "RAYMOE_STORAGE": str(tmp_path)}
@@ -99,7 +196,6 @@ def test_a_dry_run_resolves_it_without_a_network(file: Path, tmp_path: Path) -> 
     training = stages.training(run)
     planned = [line.split()[2] for line in done.stdout.splitlines() if line.startswith("  to do")]
     assert planned == [stage.key for stage in [*stages.upstream([training]), training]]
-    scored = ["perplexity"] if isinstance(run.method, TaskRepresentations) else []
-    expected = ["instructions", *scored, "representations", "clusters", "upcycle", "train"]
+    expected = ["instructions", *between(run), "train"]
     assert [key.split("-")[0] for key in planned] == expected
     assert list(tmp_path.iterdir()) == []

@@ -34,16 +34,17 @@ from raymoe.models.simoe import (
     overlap,
     sparsity,
 )
+from raymoe.train.gate_optimizer import GateDescent
 from raymoe.train.job import FIRST_STEPS
 from raymoe.upcycle.simoe import Masks
 
 STATE = "masks.safetensors"
-DELTA_RATE = 4.0
+ROUTER_TRAVEL = 8.0
+"""Steps times width times the router's default learning rate: what its logits move by if all gradients agree."""
+DELTA_RATE = 8.0
 """The delta's default learning rate, in learning rates of the dense model."""
-MASK_TRAVEL = 10.0
-"""Steps times the gates' default learning rate: about once across the range of log_alpha."""
-GATE_BETAS, ROUTER_BETAS = (0.5, 0.95), (0.9, 0.95)
-"""Of Adam; gates have little momentum, which would carry them past the sparsity that is asked for."""
+MASK_TRAVEL = 22.0
+"""Steps times the gates' default learning rate: it takes them across their range well before the end."""
 
 
 class MaskTrainer:
@@ -74,15 +75,14 @@ class MaskTrainer:
         self.gates = Gates(method, interpolated.layout, seed).to(device)
         self.router = PromptRouter(method, self.prompts.shape[1], seed).to(device)
         self.owned_G = interpolated.layout.owned(device)
-        self.rates = (method.mask_learning_rate or MASK_TRAVEL / total_steps, method.router_learning_rate)
-        self.optimizer = torch.optim.Adam(
-            [
-                {"params": [self.gates.log_alpha], "betas": GATE_BETAS},
-                {"params": list(self.router.parameters()), "betas": ROUTER_BETAS},
-            ]
+        self.router_rate = method.router_learning_rate or ROUTER_TRAVEL / (
+            total_steps * self.prompts.shape[1]
         )
+        self.mask_rate = method.mask_learning_rate or MASK_TRAVEL / total_steps
+        self.gate_optimizer = GateDescent(self.gates.log_alpha, interpolated.layout.widths, self.mask_rate)
+        self.router_optimizer = torch.optim.Adam(self.router.parameters(), betas=(0.9, 0.95))
         rows = method.num_experts if method.sparsity_scope == "per_expert" else 1
-        self.multiplier = torch.zeros(rows, device=device)
+        self.multiplier, self.unit = torch.zeros(rows, device=device), torch.zeros((), device=device)
         self.sample = self.gates.log_alpha.detach()
         self.live: list[Tensor | None] = []
         self.saturated_early = 0.0
@@ -132,29 +132,40 @@ class MaskTrainer:
 
         The loss of all micro batches of all workers has left its gradient in the sample and the router. Added
         here, once: orthogonality of the sampled masks, and the constraint as an augmented Lagrangian,
-        (multiplier + penalty * missing) * (target - expected sparsity). What is missing is measured on the gates
-        as they are without noise, since under noise a union of experts is never as sparse as it will be.
+        unit * (multiplier + penalty * missing) * (target - expected sparsity). What is missing is measured on
+        the gates without noise: with it a union of experts is never as sparse as it will be.
 
         Returns:
             Metrics, each divided by the number of workers, over which they are summed.
         """
-        method = self.method
+        learnt_MG = self._learnt_gradient(step)
+        expected_K = expected_sparsity(self.gates.log_alpha, self.owned_G, self.method.sparsity_scope)
+        (sparser_MG,) = torch.autograd.grad(expected_K.sum(), self.gates.log_alpha)
+        self._measure_unit(learnt_MG, sparser_MG)
+        missing_K = self.target(step) - self._reached()
+        price_K = self.unit * (self.multiplier + self.method.sparsity_penalty * missing_K)
+        self.gates.log_alpha.grad = learnt_MG - price_K[:, None] * sparser_MG
+        self.gate_optimizer.param_groups[0]["lr"] = self.mask_rate * rate**0.5
+        self.router_optimizer.param_groups[0]["lr"] = self.router_rate * rate
+        for optimizer in (self.gate_optimizer, self.router_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+        self.gates.clamp_()
+        return self._after(step)
+
+    def _learnt_gradient(self, step: int) -> Tensor:
+        """Of log_alpha [M, G], from the workers' losses and the orthogonality of the sampled masks."""
         gradient = self._summed_gradients()
         sample = self.gates.sampled(self._noise(step))
-        common = orthogonality(sample)
-        missing_K = self.target(step) - self._reached()
-        price_K = self.multiplier + method.sparsity_penalty * missing_K
-        expected_K = expected_sparsity(self.gates.log_alpha, self.owned_G, method.sparsity_scope)
-        added = method.orthogonality * common - (price_K * expected_K).sum()
-        torch.autograd.backward([sample, added], [gradient, torch.ones_like(added)])
-        for group, base, factor in zip(
-            self.optimizer.param_groups, self.rates, (rate**0.5, rate), strict=True
-        ):
-            group["lr"] = base * factor
-        self.optimizer.step()
-        self.gates.clamp_()
-        self.optimizer.zero_grad()
-        return self._after(step)
+        common = self.method.orthogonality * orthogonality(sample)
+        log_alpha = self.gates.log_alpha
+        (learnt_MG,) = torch.autograd.grad([sample, common], log_alpha, [gradient, torch.ones_like(common)])
+        return learnt_MG
+
+    def _measure_unit(self, learnt_MG: Tensor, sparser_MG: Tensor) -> None:
+        """How many nats a multiplier of 1 is: as strong, in the mean square, as what the gates learn."""
+        now = learnt_MG.square().mean().sqrt() / sparser_MG.square().mean().sqrt()
+        self.unit = torch.where(self.unit == 0, now, torch.lerp(self.unit, now, 0.1))
 
     def _summed_gradients(self) -> Tensor:
         """The sample's gradient, summed over the workers like the router's, in one message."""
@@ -188,6 +199,7 @@ class MaskTrainer:
         metrics = {
             "masks/sparsity": reached_K.mean(),
             "masks/multiplier": self.multiplier.mean(),
+            "masks/multiplier_unit": self.unit,
             "masks/overlap": mean_overlap(gates),
             "masks/saturated": ((gates == 0) | (gates == 1)).float().mean(),
         }
@@ -228,35 +240,34 @@ class MaskTrainer:
 
     # ---- checkpoints
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            "log_alpha": self.gates.log_alpha,
-            **{f"router.{n}": p for n, p in self.router.named_parameters()},
-        }
+    def _states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """(name, parameter, its optimizer's state) of gates and router."""
+        yield "log_alpha", self.gates.log_alpha, self.gate_optimizer.state[self.gates.log_alpha]
+        for name, parameter in self.router.named_parameters():
+            yield f"router.{name}", parameter, self.router_optimizer.state[parameter]
 
     def save(self, folder: Path) -> None:
-        """Write gates, router, Adam's moments and the multiplier to `folder`."""
-        tensors = {"multiplier": self.multiplier, "saturated_early": torch.tensor(self.saturated_early)}
-        for name, parameter in self._parameters().items():
+        """Write gates, router, their optimizers' state and the multiplier to `folder`."""
+        tensors = {
+            "multiplier": self.multiplier,
+            "unit": self.unit,
+            "saturated_early": torch.tensor(self.saturated_early),
+        }
+        for name, parameter, state in self._states():
             tensors[name] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
+            tensors |= {f"{name}/{key}": value for key, value in state.items()}
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote, exactly."""
         tensors = load_file(folder / STATE)
-        self.multiplier = tensors["multiplier"].to(self.device)
+        self.multiplier, self.unit = (tensors[name].to(self.device) for name in ("multiplier", "unit"))
         self.saturated_early = float(tensors["saturated_early"])
-        for name, parameter in self._parameters().items():
+        for name, parameter, state in self._states():
             parameter.data.copy_(tensors[name])
-            state = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if state["step"] is not None:
-                self.optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(self.device)
-                    for key, value in state.items()
-                    if value is not None
-                }
+            kept = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.startswith(f"{name}/")}
+            # Adam counts its steps on the host
+            state.update({key: t if key == "step" else t.to(self.device) for key, t in kept.items()})
 
     # ---- the end
 
