@@ -286,7 +286,8 @@ class SparseInterpolation(Config):
     orthogonality: float = Field(0.01, ge=0)
     """Weight of the loss on what experts have in common."""
     delta_learning_rate: float | None = Field(None, gt=0)
-    """AdamW's learning rate of the delta; by default 8 times `optimization.learning_rate`: gates and router shrink its steps."""
+    """AdamW's learning rate of the delta; by default 8 times `optimization.learning_rate`, since
+    gates and router shrink its steps."""
     mask_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the gates (of their log_alpha, within [-4.6, 4.6]); by default 22 / steps, which takes
     them across that range well before the end."""

@@ -227,7 +227,8 @@ class MaskTrainer:
 
     def _sizes(self, description: Mapping[str, Any]) -> dict[str, dict[str, int]]:
         config = self.interpolated.model.config
-        return sizes(config, self.method, description["live_parameters"], precision=self.precision)
+        live = {name: description[name] for name in ("live_parameters", "live_gates")}
+        return sizes(config, self.method, **live, precision=self.precision)
 
     def read(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note what the metrics of a finished `step`, on the host now, say of the first steps."""
