@@ -117,7 +117,8 @@ class Interpolating(Contestant):
         self.masks.gates.log_alpha.data.copy_(self.log_alpha)  # the trainer keeps it within limits
         self.masks.begin(0)
         self.masks.set(self.batch)
-        return self.causal(self.batch)[0].mean()
+        nll: Tensor = self.causal(self.batch)[0]
+        return nll.mean()
 
     def update(self) -> None:
         """Clip and update the delta; add the constraint's losses and update gates and router."""

@@ -39,6 +39,7 @@ SWEEP = Sweep("tiny", "which one?", [
     {"method": "dense", "learning_rate": 0.01},
     {"method": "su", "learning_rate": 1e30},
     {"method": "trsu", "learning_rate": 0.01},
+    {"method": "simoe", "learning_rate": 0.01},
 ], run)
 
 if __name__ == "__main__":
@@ -115,6 +116,7 @@ def test_a_sweep_with_a_failing_trial_interrupted_and_run_again(user: User) -> N
         "dense": "FINISHED",
         "su": "FAILED",
         "trsu": "FINISHED",
+        "simoe": "FINISHED",
     }
     failed = rows["su-1e+30"]
     assert "loss is" in failed["error"] and "at step" in failed["error"]
@@ -122,10 +124,29 @@ def test_a_sweep_with_a_failing_trial_interrupted_and_run_again(user: User) -> N
 
     third = user.start()
     stdout, stderr = third.communicate(timeout=200)
-    assert "3 trials, 2 of them already in" in stderr
+    assert "4 trials, 3 of them already in" in stderr
     assert "dense-0.01: started" not in stderr
     assert "FAILED" in stdout and "FINISHED" in stdout
     assert user.history("dense-0.01", "train/loss") == [1, 2, 3, 4, 5, 6]
+    check_export(user, rows["simoe-0.01"])
+
+
+def check_export(user: User, row: dict[str, Any]) -> None:
+    """What SIMoE was trained to is a plain model for a domain; an unknown domain is told the known ones."""
+    settings = [word for word in user.command[2:] if word != "0.9"]
+    settings[settings.index("--warmup-fraction")] = "--warmup-fraction=0.9"
+    command = [sys.executable, "-m", "raymoe.cli", "export", *settings, "--method", "simoe"]
+    command += ["--learning-rate", "0.01", "--out", "plain", "--merge-domain"]
+    told = [
+        subprocess.run(
+            [*command, domain], cwd=user.folder, env=user.environment, capture_output=True, text=True
+        )
+        for domain in ("sql", "math")
+    ]
+    assert told[0].returncode == 2 and "code, math, text" in told[0].stderr
+    assert told[1].returncode == 0, told[1].stderr
+    assert type(AutoModelForCausalLM.from_pretrained(user.folder / "plain")).__name__ == "LlamaForCausalLM"
+    assert row["evaluations"][-1]["masks/sparsity"] >= 0
 
 
 def check_mlflow(user: User, rows: dict[str, Any]) -> None:
@@ -144,10 +165,18 @@ def check_mlflow(user: User, rows: dict[str, Any]) -> None:
         assert user.history(name, "eval/loss") == [0, 3, 6]
         final = rows[name]["evaluations"][-1]["eval/loss"]
         assert runs[name].data.metrics["final/loss"] == pytest.approx(final)
+    simoe = runs["simoe-0.01"]
+    assert (
+        simoe.data.metrics["final/masks/sparsity"] == rows["simoe-0.01"]["evaluations"][-1]["masks/sparsity"]
+    )
+    client = MlflowClient(f"sqlite:///{user.folder / 'mlflow.db'}")
+    figures = {Path(f.path).name for f in client.list_artifacts(simoe.info.run_id, "figures")}
+    assert figures == {"overlap.png", "where.png", "activation.png", "constraint.png", "size.png"}
+    assert user.history("simoe-0.01", "masks/multiplier") == [1, 2, 3, 4, 5, 6]
     kinds = {
         n: type(AutoModelForCausalLM.from_pretrained(rows[n]["model"])).__name__
         for n in rows
-        if rows[n]["model"]
+        if rows[n]["model"] and n != "simoe-0.01"
     }
     assert kinds == {"dense-0.01": "LlamaForCausalLM", "trsu-0.01": "MixtralForCausalLM"}
 

@@ -43,9 +43,10 @@ KINDS = {
 }  # fmt: skip
 """Linears that get gates, and what the SIMoE paper's figures call them. Norms are `norm`."""
 
-MERGE_FROM_TOKENS = {"cpu": 128, "cuda": 1500}
-"""Tokens per sample from which the merged form is faster: merging costs per sample, whatever its length."""
-GATHER_BELOW = 0.9
+MERGE_FROM_TOKENS = {"cpu": 96, "cuda": 1500}
+"""Tokens per sample from which the merged form is faster: merging costs per sample, whatever its length. Measured
+on a CPU (benchmarks/simoe_step.py --sweep), of GPUs arithmetic: not measured yet."""
+GATHER_BELOW = 0.8
 """Share of live columns below which dead ones are skipped; above, gathering costs more than it saves."""
 
 # ---- gates
@@ -112,7 +113,8 @@ def overlap(gates_MG: Tensor) -> Tensor:
 def orthogonality(gates_MG: Tensor) -> Tensor:
     """|| Zn Zn^T - I ||_F, a scalar; 0 when no two experts share a parameter."""
     ratios_MM = overlap(gates_MG)
-    return (ratios_MM - torch.diag(ratios_MM.diagonal())).norm()
+    norm: Tensor = (ratios_MM - torch.diag(ratios_MM.diagonal())).norm()
+    return norm
 
 
 # ---- what is gated
@@ -252,6 +254,8 @@ class Interpolated:
             live: what `live_columns` returned for Z; None: all.
             form: by default the faster one.
         """
+        if documents is not None and len(documents) != len(coefficients_SG):
+            raise ValueError(f"coefficients of {len(coefficients_SG)} samples for {len(documents)} documents")
         device = coefficients_SG.device
         segments = _segments(documents, num_tokens) if documents else ()
         samples = None
@@ -289,10 +293,9 @@ class Interpolated:
         """
         try:
             with torch.no_grad():
-                for layer, c in zip(
-                    self.layers, torch.split(coefficients_G, self.layout.widths), strict=True
-                ):
-                    layer.merged = merged_weight(layer.weight, layer.delta, c).to(layer.weight.dtype)
+                parts = torch.split(coefficients_G, self.layout.widths)
+                for layer, c_I in zip(self.layers, parts, strict=True):
+                    layer.merged = layer.merge(c_I)
             yield
         finally:
             for layer in self.layers:
@@ -343,7 +346,12 @@ class InterpolatedLayer(nn.Module):
         super().__init__()
         self.index = index
         self.merged: Tensor | None = None
+        """The plain weight while the model is merged."""
         self._blend = owner
+
+    def merge(self, c_I: Tensor) -> Tensor:
+        """The plain weight for one sample's coefficients, in the weight's dtype: merged in fp32, rounded once."""
+        return merged_weight(self.weight, self.delta, c_I).to(self.weight.dtype)
 
 
 class InterpolatedLinear(InterpolatedLayer):
@@ -353,6 +361,18 @@ class InterpolatedLinear(InterpolatedLayer):
         super().__init__(owner, index)
         self.weight, self.bias = linear.weight, linear.bias
         self.delta = nn.Parameter(torch.zeros_like(linear.weight.T, memory_format=torch.contiguous_format))
+        self.columns: Tensor | None
+        self.register_buffer("columns", None)
+
+    def compact(self, rows_JO: Tensor, columns_J: Tensor) -> None:
+        """Hold the rows of delta of these columns alone; the others count as zero. For evaluation."""
+        self.delta, self.columns = nn.Parameter(rows_JO, requires_grad=False), columns_J
+
+    def merge(self, c_I: Tensor) -> Tensor:
+        """The plain weight [O, I]."""
+        if self.columns is None:
+            return super().merge(c_I)
+        return merged_columns(self.weight, self.delta, self.columns, c_I[self.columns])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
@@ -366,12 +386,12 @@ class InterpolatedLinear(InterpolatedLayer):
             self.bias,
             self.delta,
             blend.parts[self.index],
-            blend.live[self.index],
+            blend.live[self.index] if self.columns is None else self.columns,
         )
         if blend.form == "merged":
-            y: Tensor = _Merged.apply(*arguments, blend.segments)
+            y: Tensor = _Merged.apply(*arguments, blend.segments)  # type: ignore[no-untyped-call]
         else:
-            y = _Factored.apply(*arguments, samples)
+            y = _Factored.apply(*arguments, samples)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], -1)
 
 
@@ -391,7 +411,7 @@ class InterpolatedNorm(InterpolatedLayer):
             return self._normed(x, self.weight if self.merged is None else self.merged)
         samples = blend.samples if blend.samples is not None else _rows(x[..., 0, :] if x.dim() > 3 else x)
         n = self._normed(x, 1.0)
-        y: Tensor = _Scaled.apply(
+        y: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
             n.reshape(len(samples), -1, n.shape[-1]),
             self.weight,
             self.delta,
@@ -435,7 +455,7 @@ class _Scaled(torch.autograd.Function):
         return (_token_weights(w_D, d_D, c_SD, samples) * n_NHD).to(n_NHD.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy_NHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_NHD: Tensor) -> tuple[Tensor | None, ...]:
         n_NHD, w_D, d_D, c_SD, samples = ctx.saved_tensors
         dn_NHD = (_token_weights(w_D, d_D, c_SD, samples) * dy_NHD).to(dy_NHD.dtype)
         dw_ND = (dy_NHD.float() * n_NHD).sum(1)
@@ -450,6 +470,11 @@ def _token_weights(w_D: Tensor, d_D: Tensor, c_SD: Tensor, samples: Tensor) -> T
 
 def _taken(x: Tensor, dim: int, live_J: Tensor | None) -> Tensor:
     return x if live_J is None else x.index_select(dim, live_J)
+
+
+def _rows_of(d_IO: Tensor, live_J: Tensor | None) -> Tensor:
+    """The live rows of a delta, which may hold those alone already."""
+    return d_IO if live_J is None or len(d_IO) == len(live_J) else d_IO.index_select(0, live_J)
 
 
 def _put(x_J: Tensor, like: Tensor, dim: int, live_J: Tensor | None) -> Tensor:
@@ -474,14 +499,14 @@ class _Factored(torch.autograd.Function):
         ctx.save_for_backward(x_NI, w_OI, d_IO, c_SI, live_J, samples)
         c_NJ = _taken(c_SI, 1, live_J).to(x_NI.dtype).index_select(0, samples)
         y_NO = F.linear(x_NI, w_OI, b_O)  # bias and all, so that it is rounded where the dense model rounds
-        return y_NO.addmm_(c_NJ.mul_(_taken(x_NI, 1, live_J)), _taken(d_IO, 0, live_J))
+        return y_NO.addmm_(c_NJ.mul_(_taken(x_NI, 1, live_J)), _rows_of(d_IO, live_J))
 
     @staticmethod
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, w_OI, d_IO, c_SI, live_J, samples = ctx.saved_tensors
         x_NJ = _taken(x_NI, 1, live_J)
         c_NJ = _taken(c_SI, 1, live_J).to(x_NI.dtype).index_select(0, samples)
-        u_NJ = dy_NO @ _taken(d_IO, 0, live_J).T  # gradient of c * x
+        u_NJ = dy_NO @ _rows_of(d_IO, live_J).T  # gradient of c * x
         dx_NI = dc_SI = None
         if ctx.needs_input_grad[4]:
             dc_SJ = _summed_by_sample(x_NJ * u_NJ, samples, len(c_SI))
@@ -502,15 +527,22 @@ def merged_weight(weight: Tensor, delta: Tensor, c: Tensor) -> Tensor:
     return change_IO.T.contiguous().add_(weight)  # a sum across strides takes ten times as long
 
 
+def merged_columns(weight: Tensor, rows: Tensor, columns_J: Tensor, c_J: Tensor) -> Tensor:
+    """`merged_weight` of a delta that holds its live `rows` alone, rounded to the weight's dtype."""
+    live = merged_weight(weight.index_select(-1, columns_J), rows, c_J).to(weight.dtype)
+    return weight.index_copy(-1, columns_J, live)
+
+
 def kept_share(weight: Tensor, delta: Tensor, c: Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """How much of c * delta survives rounding the merged weight to `dtype`.
 
     Returns:
         <round(W + d) - W, d> and <d, d>: their ratio is the share kept; add them up over layers first.
     """
-    base, exact = weight.double(), merged_weight(weight, delta, c)
+    base = weight.double()
     wanted = merged_weight(torch.zeros_like(weight), delta, c).double()
-    return float(((exact.to(dtype).double() - base) * wanted).sum()), float(wanted.square().sum())
+    kept = merged_weight(weight, delta, c).to(dtype).double() - base
+    return float((kept * wanted).sum()), float(wanted.square().sum())
 
 
 class _Merge:
@@ -522,7 +554,7 @@ class _Merge:
 
     def __init__(self, w_OI: Tensor, d_IO: Tensor, c_SI: Tensor, live_J: Tensor | None) -> None:
         self.live_J, self.all_IO = live_J, w_OI.T.contiguous()
-        self.w_JO, self.d_JO = _taken(self.all_IO, 0, live_J).float(), _taken(d_IO, 0, live_J).float()
+        self.w_JO, self.d_JO = _taken(self.all_IO, 0, live_J).float(), _rows_of(d_IO, live_J).float()
         self.c_SJ = _taken(c_SI, 1, live_J).float()
         self.merged_JO = torch.empty_like(self.w_JO)
 
@@ -557,7 +589,7 @@ class _Merged(torch.autograd.Function):
         return y_NO
 
     @staticmethod
-    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, w_OI, d_IO, c_SI, live_J = ctx.saved_tensors
         merge, x_NJ = _Merge(w_OI, d_IO, c_SI, live_J), _taken(x_NI, 1, live_J)
         dx_NI = torch.empty_like(x_NI) if ctx.needs_input_grad[0] else None
@@ -597,7 +629,7 @@ def interpolate(model: PreTrainedModel, on_layer: Callable[[nn.Module], None] | 
 
     for index, span in enumerate(layout.spans):
         dense = model.get_submodule(span.name)
-        made = (InterpolatedNorm if span.kind == "norm" else InterpolatedLinear)(dense, blend, index)  # type: ignore[arg-type]
+        made = (InterpolatedNorm if span.kind == "norm" else InterpolatedLinear)(dense, blend, index)
         model.set_submodule(span.name, made)
         layers.append(made)
         last = index + 1 == len(layout.spans) or layout.spans[index + 1].layer != span.layer

@@ -32,7 +32,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raymoe.config import Data, InputError, SparseInterpolation, validate
@@ -48,7 +47,7 @@ from raymoe.models.simoe import (
     gate_layout,
     interpolate,
     kept_share,
-    merged_weight,
+    merged_columns,
 )
 from raymoe.upcycle.checkpoint import (
     ShardWriter,
@@ -363,54 +362,6 @@ def _parts(file: Any, config: SIMoEConfig) -> Iterator[tuple[GateSpan, LivePart]
         yield span, _part(file, span, live, config.method.num_experts)
 
 
-class LiveLinear(InterpolatedLinear):
-    """An interpolated linear that holds the live rows of its delta alone; for evaluation."""
-
-    def __init__(self, linear: InterpolatedLinear, rows_JO: Tensor, columns_J: Tensor) -> None:
-        InterpolatedLayer.__init__(self, linear._blend, linear.index)
-        self.weight, self.bias = linear.weight, linear.bias
-        self.rows = nn.Parameter(rows_JO, requires_grad=False)
-        self.register_buffer("columns", columns_J)
-
-    @property
-    def delta(self) -> Tensor:  # type: ignore[override]
-        """The whole delta [I, O], made anew."""
-        full_IO = self.rows.new_zeros(self.weight.shape[1], self.weight.shape[0])
-        return full_IO.index_copy_(0, self.columns, self.rows)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
-        blend = self._blend()
-        if self.merged is not None or blend is None:
-            return F.linear(x, self.weight if self.merged is None else self.merged, self.bias)
-        c_SJ = blend.parts[self.index].index_select(1, self.columns)  # type: ignore[arg-type]
-        if blend.form == "merged":
-            y_NO = self._merged_by_sample(x.flatten(0, -2), c_SJ, blend.segments)
-        else:
-            samples = blend.samples
-            if samples is None:
-                samples = torch.arange(len(x), device=x.device).repeat_interleave(x.shape[1])
-            y_NO = self._factored(x.flatten(0, -2), c_SJ, samples)
-        return y_NO.view(*x.shape[:-1], -1)
-
-    def _factored(self, x_NI: Tensor, c_SJ: Tensor, samples: Tensor) -> Tensor:
-        x_NJ = x_NI.index_select(1, self.columns)  # type: ignore[arg-type]
-        c_NJ = c_SJ.to(x_NI.dtype).index_select(0, samples)
-        return F.linear(x_NI, self.weight, self.bias).addmm_(c_NJ.mul_(x_NJ), self.rows)
-
-    def _merged_by_sample(self, x_NI: Tensor, c_SJ: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
-        merged = (_merged(self.weight, self.rows, self.columns, c_J) for c_J in c_SJ)  # type: ignore[arg-type]
-        return torch.cat(
-            [F.linear(x_NI[s:e], w_OI, self.bias) for (s, e), w_OI in zip(segments, merged, strict=True)]
-        )
-
-
-def _merged(weight: Tensor, rows: Tensor, columns_J: Tensor, c_J: Tensor) -> Tensor:
-    """W + (c * delta)^T of a linear, w + c * delta of a norm: merged in fp32, rounded once to W's dtype."""
-    live = merged_weight(weight.index_select(-1, columns_J), rows, c_J).to(weight.dtype)
-    return weight.index_copy(-1, columns_J, live)
-
-
 @dataclass(frozen=True)
 class SIMoE:
     """A trained SIMoE model in memory. It holds live columns alone."""
@@ -475,14 +426,11 @@ def load_simoe(
     if interpolated.layout != config.layout:
         raise InputError(f"{folder}: its layers are not those of the dense model in {config.dense}")
     gates_MG = torch.zeros(config.method.num_experts, config.layout.size)
-    layers = []
     with _opened(folder) as file:
         router = _router(file, config, model.config.hidden_size)
         for layer, (span, part) in zip(interpolated.layers, _parts(file, config), strict=True):
             gates_MG[:, span.start + part.columns_J] = part.gates_MJ
-            layers.append(_loaded_layer(layer, part, dtype))
-            model.set_submodule(span.name, layers[-1])
-    interpolated.layers = tuple(layers)
+            _load_delta(layer, part, dtype)
     model.to(device).eval()
     return SIMoE(interpolated, router.to(device), gates_MG.to(device), config)
 
@@ -503,12 +451,12 @@ def _without_deltas(module: nn.Module) -> None:
             layer.delta = nn.Parameter(layer.delta.to("meta"), requires_grad=False)
 
 
-def _loaded_layer(layer: InterpolatedLayer, part: LivePart, dtype: torch.dtype) -> InterpolatedLayer:
+def _load_delta(layer: InterpolatedLayer, part: LivePart, dtype: torch.dtype) -> None:
     if isinstance(layer, InterpolatedLinear):
-        return LiveLinear(layer, part.delta.to(dtype), part.columns_J)
-    delta = torch.zeros_like(layer.weight).index_copy_(0, part.columns_J, part.delta.to(dtype))
-    layer.delta = nn.Parameter(delta, requires_grad=False)
-    return layer
+        layer.compact(part.delta.to(dtype), part.columns_J)
+    else:
+        delta = torch.zeros_like(layer.weight).index_copy_(0, part.columns_J, part.delta.to(dtype))
+        layer.delta = nn.Parameter(delta, requires_grad=False)
 
 
 def _router(file: Any, config: SIMoEConfig, width: int) -> PromptRouter:
@@ -593,7 +541,7 @@ def merge(folder: Path, out: Path, expert_weights_M: Sequence[float] | Tensor) -
                 writer.write(name, spans[name])
             for span, part in _parts(file, config):
                 weight, c_J = load_tensor(spans, f"{span.name}.weight"), weights_M @ part.gates_MJ
-                writer.write(f"{span.name}.weight", _merged(weight, part.delta, part.columns_J, c_J))
+                writer.write(f"{span.name}.weight", merged_columns(weight, part.delta, part.columns_J, c_J))
                 live = weight.index_select(-1, part.columns_J)
                 shares = kept_share(live, part.delta, c_J, weight.dtype)
                 survived, wanted = survived + shares[0], wanted + shares[1]

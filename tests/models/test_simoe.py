@@ -398,7 +398,7 @@ def test_small_deltas_are_not_rounded_away_in_bfloat16(name: str, scale: float) 
 
 
 def test_the_form_follows_from_shape_and_type() -> None:
-    for device, tokens in (("cpu", 128), ("cuda", 1500)):
+    for device, tokens in (("cpu", 96), ("cuda", 1500)):
         assert chosen_form(device, torch.float32, 4 * tokens, 4) == "merged"
         assert chosen_form(device, torch.float32, 4 * tokens - 1, 4) == "factored"
         assert chosen_form(device, torch.bfloat16, 100 * tokens, 1) == "factored"
@@ -613,7 +613,7 @@ def test_live_columns_are_those_open_in_any_expert(cases: dict[str, Case]) -> No
     for span, columns in zip(layout.spans, live_columns(z, layout), strict=True):
         wanted = [i for i in range(span.width) if any(float(row[span.start + i]) != 0 for row in z)]
         if columns is None:
-            assert span.kind == "norm" or len(wanted) >= 0.9 * span.width
+            assert span.kind == "norm" or len(wanted) >= 0.8 * span.width
         else:
             assert columns.tolist() == wanted
     assert live_columns(torch.ones_like(z), layout) == [None] * len(layout.spans)

@@ -1,0 +1,47 @@
+"""What holds SIMoE back: its optimisation, or what it may train at all?
+
+python sweeps/simoe_optimization.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
+"""
+
+from raymoe.config import Run, SparseInterpolation, replace
+from raymoe.sweep import Point, Sweep, main
+
+DEFAULT = SparseInterpolation()
+VARIATIONS: dict[str, list[float]] = {
+    "mask_learning_rate": [0.1, 1.0],  # by default 22 / steps
+    "log_alpha_mean": [0.0, 4.0],
+    "log_alpha_std": [0.1],
+    "sparsity_warmup": [0.1, 0.9],
+    "delta_learning_rate": [1e-3, 8e-3],
+    "orthogonality": [0.0, 0.1],
+    "num_experts": [1],
+    "sparsity_target": [0.0],
+}
+
+
+def run(base: Run, point: Point) -> Run:
+    """SIMoE with one setting changed; `everything open` is full fine-tuning but for embeddings and LM head."""
+    settings = {"method.name": "simoe", f"method.{point['setting']}": point["value"]}
+    if point["setting"] == "everything_open":
+        rate = {
+            "method.delta_learning_rate": base.optimization.learning_rate,
+            "method.mask_learning_rate": 1e-9,
+        }
+        gates = {"method.log_alpha_mean": 4.6, "method.log_alpha_std": 0.0, "method.sparsity_target": 0.0}
+        settings = {"method.name": "simoe", "method.num_experts": 1, **rate, **gates}
+    return replace(base, settings)
+
+
+SWEEP = Sweep(
+    name="simoe_optimization",
+    question="which of SIMoE's settings changes its held-out loss most, and what is out of their reach?",
+    points=[
+        {"setting": "sparsity_target", "value": DEFAULT.sparsity_target},
+        {"setting": "everything_open", "value": 1},
+        *({"setting": name, "value": value} for name, values in VARIATIONS.items() for value in values),
+    ],
+    run=run,
+)
+
+if __name__ == "__main__":
+    main(SWEEP)
