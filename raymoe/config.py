@@ -95,6 +95,8 @@ class Source(Config):
     """Domain of all its rows; by default each row's own, else its file's name (Hugging Face ids: `all`)."""
     task: str | None = None
     """Task of all its rows; by default each row's own, else its domain."""
+    task_column: str | None = None
+    """Column of the rows' tasks, where it is not called `task`."""
     max_examples: int | None = Field(None, ge=1)
     """Keep at most this many of its training examples (a seeded sample)."""
     prompt: str | None = None
@@ -108,6 +110,8 @@ class Source(Config):
     def _columns_are_a_pair(self) -> Source:
         if (self.prompt is None) != (self.completion is None):
             raise ValueError(f"{self.name}: prompt and completion name two columns: give both or neither")
+        if self.task is not None and self.task_column is not None:
+            raise ValueError(f"{self.name}: give task, the same for all rows, or task_column")
         return self
 
 

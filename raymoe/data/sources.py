@@ -613,9 +613,15 @@ def _instruction(row: Any, table: _Table, line: int) -> Instruction:
     if not any(content.strip() for role, content in prompt if role != "system"):
         raise BadRow("empty prompt")
     domain = table.source.domain or _label(row, "domain", table.domain)
-    task = table.source.task or _label(row, "task", domain)
+    task = table.source.task or _task(row, table.source.task_column, domain)
     name = _label(row, "id", f"{Path(table.name).name}:{line}")
     return Instruction(name, domain, task, prompt, completion, f"{table.name}:{line}")
+
+
+def _task(row: Mapping[str, Any], column: str | None, domain: str) -> str:
+    if column is not None and column not in row:
+        raise BadRow(f"no column {column}, which task_column names")
+    return _label(row, column or "task", domain)
 
 
 def _label(row: Mapping[str, Any], key: str, default: str) -> str:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raymoe.config import Data, InputError, Job, Source, load, parse_overrides
+from raymoe.config import Data, InputError, Job, Source, load, parse_overrides, validate
 from raymoe.data.sources import Instruction, read
 from raymoe.stages import instructions as instructions_stage
 
@@ -608,3 +608,18 @@ def test_an_unreachable_hub_leaves_the_cache_of_the_same_revision(tmp_path: Path
     assert all(text == f"question {n - 1}" for n, (_, _, text) in zip(numbers, examples, strict=True))
     error, _, _ = read_elsewhere(tmp_path, refused, {"name": "org/sums", "revision": "v2"})
     assert "can't be reached" in error and error.endswith("is of commit c0ffee0, not known to be revision v2")
+
+
+def test_a_source_names_the_column_of_its_tasks(tmp_path: Path) -> None:
+    rows = [{"prompt": f"a{i}", "completion": "b", "task_name": f"task{i % 2}"} for i in range(8)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Data(
+        train=({"name": str(tmp_path / "x.jsonl"), "task_column": "task_name"},), validation_fraction=0.5
+    )  # type: ignore[arg-type]
+    found = {i.task for split in ("train", "validation") for i in read(data, split, None, 0).instructions}  # type: ignore[arg-type]
+    assert found == {"task0", "task1"}
+    missing = Data(train=({"name": str(tmp_path / "x.jsonl"), "task_column": "nope"},))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="x.jsonl:1: no column nope, which task_column names"):
+        read(missing, "train", None, 0)
+    with pytest.raises(InputError, match="give task, the same for all rows, or task_column"):
+        validate(Data, {"train": [{"name": "x", "task": "a", "task_column": "b"}]})
