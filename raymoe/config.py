@@ -299,8 +299,8 @@ class SparseInterpolation(Config):
     """Adam's learning rate of the prompt router; by default 8 / (steps * width)."""
     router_hidden_size: int | None = Field(None, ge=1)
     """Width of the router's hidden layer; by default it has none."""
-    log_alpha_mean: float = Field(2.0, ge=-4.6, le=4.6)
-    """Where gates start: 0 is half open, 2 almost open."""
+    log_alpha_mean: float = Field(0.0, ge=-4.6, le=4.6)
+    """Where gates start: 0 is half open, 4 open. The further open, the less experts come to differ."""
     log_alpha_std: float = Field(1.0, ge=0)
     """How far apart they start; gates that start alike sink together and stay barely open."""
     prompt_representation: Literal["last_hidden", "embedding"] = "last_hidden"

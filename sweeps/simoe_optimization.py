@@ -9,7 +9,7 @@ from raymoe.sweep import Point, Sweep, main
 DEFAULT = SparseInterpolation()
 VARIATIONS: dict[str, list[float]] = {
     "mask_learning_rate": [0.1, 1.0],  # by default 22 / steps
-    "log_alpha_mean": [0.0, 4.0],
+    "log_alpha_mean": [2.0, 4.0],
     "log_alpha_std": [0.1],
     "sparsity_warmup": [0.1, 0.9],
     "delta_learning_rate": [1e-3, 8e-3],

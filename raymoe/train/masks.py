@@ -199,7 +199,7 @@ class MaskTrainer:
         metrics = {
             "masks/sparsity": reached_K.mean(),
             "masks/multiplier": self.multiplier.mean(),
-            "masks/multiplier_unit": self.unit,
+            "masks/unit": self.unit,
             "masks/overlap": mean_overlap(gates),
             "masks/saturated": ((gates == 0) | (gates == 1)).float().mean(),
         }
