@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe import __version__
-from raymoe.config import InputError, Job, help_text, load, parse_overrides
+from raymoe.config import InputError, Job, SparseInterpolation, help_text, load, parse_overrides
 from raymoe.report import to_json
 
 if TYPE_CHECKING:
@@ -264,9 +264,9 @@ def _show_scores(command: Command, output: Any) -> None:
 
 
 def _represent_stage(run: Any) -> Stage:
-    from raymoe.stages import representations
+    from raymoe.stages import prompts, representations
 
-    return representations(run)
+    return prompts(run) if isinstance(run.method, SparseInterpolation) else representations(run)
 
 
 def _cluster_stage(run: Any) -> Stage:
@@ -380,9 +380,8 @@ def _check_tokenizer(model: Path, command: Command) -> None:
 
 
 def _is_simoe(folder: str | Path) -> bool:
-    from raymoe.upcycle.simoe import is_simoe
-
-    return is_simoe(Path(folder))
+    """As `raymoe.upcycle.simoe.is_simoe`, without what it takes to import that."""
+    return (Path(folder) / "simoe.json").is_file()
 
 
 def _tokenizer_folder(model: Path) -> Path:
@@ -476,7 +475,7 @@ def _expert_weights(model: Path, command: Command) -> list[float] | None:
 
     prompt, domain = command.options.get("merge"), command.options.get("merge_domain")
     if prompt is not None:
-        return route(model, prompt, command.job.data)
+        return route(model, prompt)
     if domain is None:
         return None
     known = simoe_config(model).domains
@@ -511,12 +510,12 @@ VERBS: dict[str, Verb] = {
         {},
     ),
     "represent": Verb(
-        "Extract the token representations that the routers are made from (trsu, crsu).",
+        "Extract the token representations that the routers are made from (trsu, crsu) or router inputs (simoe).",
         _stage_verb(_represent_stage, _show_info),
         {},
     ),
     "cluster": Verb(
-        "Cluster the representations and make router rows of the centroids (trsu, crsu).",
+        "Cluster the representations and make router rows of the centroids (trsu, crsu) or router inputs (simoe).",
         _stage_verb(_cluster_stage, _show_clusters),
         {},
     ),
@@ -536,7 +535,7 @@ VERBS: dict[str, Verb] = {
         _export,
         {
             "out": "FOLDER to write to",
-            "merge": 'PROMPT (simoe): write the dense model that it is for "this prompt"',
+            "merge": 'PROMPT (simoe): write the dense model that it is for "this message of a user"',
             "merge_domain": "NAME (simoe): likewise, for the mean over a domain's prompts",
             "model_folder": "FOLDER of a SIMoE model to export instead of the run's own",
         },

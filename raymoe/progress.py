@@ -17,8 +17,8 @@ from raymoe.store import Store
 from raymoe.tracking import metric_log, read_rows
 from raymoe.train.job import FIRST_STEPS, STOPPED_EARLY, TrainingFailed, stop_flag
 
-SATURATED = 0.9
-"""Share of SIMoE's gates at 0 or 1 in the first steps above which a person is warned."""
+SATURATED = 0.5
+"""Share of SIMoE's gates that go to 0 or 1 in the first steps above which a person is warned."""
 
 
 class TuneProgress(Callback):  # type: ignore[misc]
@@ -70,8 +70,9 @@ class TuneProgress(Callback):  # type: ignore[misc]
             self._warned.append(trial)
             self._tell(
                 trial,
-                f"warning: {result['masks/saturated_early']:.0%} of the gates were at 0 or 1 within the first "
-                f"{FIRST_STEPS:.0%} of the steps: method.mask_learning_rate is too high for them to be learnt",
+                f"warning: within the first {FIRST_STEPS:.0%} of the steps {result['masks/saturated_early']:.0%} of "
+                f"the gates went to 0 or 1: method.mask_learning_rate {result['masks/learning_rate']:.2g} is too "
+                "high for them to be learnt",
             )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:

@@ -19,6 +19,7 @@ STRUCTURE = {
     "masks/sparsity": "sparsity",
     "masks/overlap": "overlap",
     "model/active_parameters": "active parameters",
+    "system/peak_memory_bytes": "peak memory",
 }
 """What evaluations say about the model itself, and the titles of these last columns."""
 
@@ -251,11 +252,12 @@ def _format(value: float | None) -> str:
 
 
 def _shown(metric: str, value: float | None) -> str:
-    """A metric's value; numbers of parameters as `1.24M`."""
-    if value is None or not metric.startswith("model/") or not math.isfinite(value):
+    """A metric's value; numbers of parameters as `1.24M`, bytes as `1.24GB`."""
+    if value is None or not metric.startswith(("model/", "system/")) or not math.isfinite(value):
         return _format(value)
     power = next((i for i in range(4) if abs(value) < 999.5 * 1000**i), 4)
-    return f"{value / 1000**power:.3g}{('', 'K', 'M', 'B', 'T')[power]}"
+    units = ("B", "kB", "MB", "GB", "TB") if metric.endswith("_bytes") else ("", "K", "M", "B", "T")
+    return f"{value / 1000**power:.3g}{units[power]}"
 
 
 def root_cause(error: BaseException | None) -> str:

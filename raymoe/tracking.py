@@ -438,7 +438,9 @@ def best_and_final(evaluations: Iterable[Mapping[str, float]]) -> dict[str, floa
     """
     rows = list(evaluations)
     last = rows[-1] if rows else {}
-    summary = {f"final/{name}": last[name] for name in last if name.startswith(("masks/", "model/"))}
+    summary = {
+        f"final/{name}": last[name] for name in last if name.startswith(("masks/", "model/", "system/"))
+    }
     for name in [k for k in last if k.startswith("eval/")]:
         values = [row[name] for row in rows if name in row]
         better = max if name.endswith("exact_match") else min

@@ -20,7 +20,8 @@ VARIATIONS: dict[str, list[float]] = {
 
 
 def run(base: Run, point: Point) -> Run:
-    """SIMoE with one setting changed; `everything open` is full fine-tuning but for embeddings and LM head."""
+    """SIMoE with one setting changed; `everything_open` is full fine-tuning but for embeddings and LM head (one
+    expert; some 5% of its gates are drawn below 1 in a step)."""
     settings = {"method.name": "simoe", f"method.{point['setting']}": point["value"]}
     if point["setting"] == "everything_open":
         rate = {

@@ -63,7 +63,7 @@ def describe(
         "live_parameters": int(owned_G[open_G].sum()),
         "scope": scope,
         "sparsity": {s: simoe.sparsity(gates_MG, owned_G, s).tolist() for s in SCOPES},
-        "overlap": {"ratios": ratios_MM.tolist(), "mean": mean_overlap(ratios_MM.numpy())},
+        "overlap": {"ratios": ratios_MM.tolist(), "mean": float(simoe.mean_overlap(gates_MG))},
         **_where(gates_MG, layout),
         **_activation(weights_SM.detach().double().cpu().numpy(), tasks, domains),
     }
@@ -80,12 +80,6 @@ def headline(description: Mapping[str, Any]) -> dict[str, float]:
         "masks/live_parameters": float(description["live_parameters"]),
         **{f"masks/nonzero/{row['kind']}": row["union"] for row in description["kinds"]},
     }
-
-
-def mean_overlap(ratios_MM: Floats) -> float:
-    """Mean over pairs of different experts; 0 of a single one."""
-    pairs = ratios_MM[~np.eye(len(ratios_MM), dtype=bool)]
-    return float(pairs.mean()) if pairs.size else 0.0
 
 
 def _where(gates_MG: Tensor, layout: GateLayout) -> dict[str, list[dict[str, Any]]]:

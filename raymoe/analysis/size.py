@@ -17,11 +17,13 @@ from raymoe.config import SparseInterpolation
 from raymoe.models.simoe import GateLayout, PromptRouter, gate_layout
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
-"""Of one parameter, and of one gradient."""
+GRADIENT_BYTES = 4
+"""Gradients are accumulated in fp32 (raymoe.train.engine)."""
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
 """Of one trained parameter: Adam's two moments, in bfloat16 the fp32 weights too."""
 MASK_BYTES = 16
-"""Of one parameter of gates or router, fp32 whatever the model's precision: weight, gradient, two moments."""
+"""Of one parameter of gates or router, fp32 whatever the model's precision: weight, gradient, the optimizer's
+moments (of gates one), a step's sample (of gates)."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def training_state(counts: Counts, precision: str, workers: int = 1, zero_stage:
     optimizer, gradients, weights = (workers if zero_stage >= stage else 1 for stage in (1, 2, 3))
     return {
         "weights": -(-counts.trained * weight // weights),
-        "gradients": -(-counts.trained * weight // gradients),
+        "gradients": -(-counts.trained * GRADIENT_BYTES // gradients),
         "optimizer": -(-counts.trained * OPTIMIZER_BYTES[precision] // optimizer),
         "frozen": -(-counts.frozen * weight // weights),
         "masks": counts.masks * MASK_BYTES,

@@ -110,6 +110,12 @@ def overlap(gates_MG: Tensor) -> Tensor:
     return rows_MG @ rows_MG.T
 
 
+def mean_overlap(gates_MG: Tensor) -> Tensor:
+    """Mean cosine of two different rows of Z, a scalar; 0 of a single expert."""
+    ratios_MM, experts = overlap(gates_MG), len(gates_MG)
+    return (ratios_MM.sum() - ratios_MM.diagonal().sum()) / max(1, experts * (experts - 1))
+
+
 def orthogonality(gates_MG: Tensor) -> Tensor:
     """|| Zn Zn^T - I ||_F, a scalar; 0 when no two experts share a parameter."""
     ratios_MM = overlap(gates_MG)
@@ -169,6 +175,7 @@ class Gates(nn.Module):
         super().__init__()
         noise = torch.randn(method.num_experts, layout.size, generator=torch.Generator().manual_seed(seed))
         self.log_alpha = nn.Parameter(method.log_alpha_mean + method.log_alpha_std * noise)
+        self.clamp_()
 
     def sampled(self, noise: Tensor) -> Tensor:
         """[M, G] for training."""
@@ -250,12 +257,15 @@ class Interpolated:
         Args:
             coefficients_SG: c = a Z, one row per sample; its gradient is asked for if it has a graph.
             documents: (start, end) of each sample in the flattened batch; None: sample i is row i of the batch.
+                Padding counts as its neighbour's, so no loss may depend on it.
             num_tokens: N of the flattened batch, padding included.
             live: what `live_columns` returned for Z; None: all.
             form: by default the faster one.
         """
         if documents is not None and len(documents) != len(coefficients_SG):
             raise ValueError(f"coefficients of {len(coefficients_SG)} samples for {len(documents)} documents")
+        if form == "merged" and not documents:
+            raise ValueError("samples that are rows of the batch are not merged one by one: give documents")
         device = coefficients_SG.device
         segments = _segments(documents, num_tokens) if documents else ()
         samples = None
@@ -305,8 +315,8 @@ class Interpolated:
 def chosen_form(device: str, dtype: torch.dtype, num_tokens: int, num_samples: int) -> Form:
     """The faster form that loses nothing.
 
-    Merging costs per sample, so it wins from MERGE_FROM_TOKENS tokens a sample on. In half precision merging
-    rounds small deltas away (at |delta| / |W| = 1e-4 all but 4%), so there it is never chosen.
+    Merging costs per sample, so it wins from MERGE_FROM_TOKENS tokens a sample on. In half precision a merged
+    weight has no room for small deltas (at |delta| / |W| = 1e-4 all but 4% are lost), so there it is never chosen.
     """
     long = num_tokens >= MERGE_FROM_TOKENS.get(device, MERGE_FROM_TOKENS["cuda"]) * num_samples
     return "merged" if long and dtype == torch.float32 else "factored"
@@ -483,7 +493,12 @@ def _put(x_J: Tensor, like: Tensor, dim: int, live_J: Tensor | None) -> Tensor:
 
 
 class _Factored(torch.autograd.Function):
-    """y = x W^T + (c * x) W_delta; saves x alone, as a dense linear does."""
+    """y = x W^T + (c * x) W_delta; saves x alone, as a dense linear does.
+
+    The delta's part comes first and the dense product is added to it before it is rounded: the other way round,
+    what is small beside the dense part would be lost in half precision. With a bias (Qwen2's query, key and
+    value) it is lost: the dense model rounds product and bias together, and step 0 must equal it.
+    """
 
     @staticmethod
     def forward(
@@ -498,8 +513,10 @@ class _Factored(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_NI, w_OI, d_IO, c_SI, live_J, samples)
         c_NJ = _taken(c_SI, 1, live_J).to(x_NI.dtype).index_select(0, samples)
-        y_NO = F.linear(x_NI, w_OI, b_O)  # bias and all, so that it is rounded where the dense model rounds
-        return y_NO.addmm_(c_NJ.mul_(_taken(x_NI, 1, live_J)), _rows_of(d_IO, live_J))
+        scaled_NJ = c_NJ.mul_(_taken(x_NI, 1, live_J))
+        if b_O is not None:
+            return F.linear(x_NI, w_OI, b_O).addmm_(scaled_NJ, _rows_of(d_IO, live_J))
+        return (scaled_NJ @ _rows_of(d_IO, live_J)).addmm_(x_NI, w_OI.T)
 
     @staticmethod
     def backward(ctx: Any, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
@@ -512,9 +529,7 @@ class _Factored(torch.autograd.Function):
             dc_SJ = _summed_by_sample(x_NJ * u_NJ, samples, len(c_SI))
             dc_SI = _put(dc_SJ, c_SI, 1, live_J)
         if ctx.needs_input_grad[0]:
-            dx_NI = dy_NO @ w_OI
-            u_NJ.mul_(c_NJ)
-            dx_NI = dx_NI.add_(u_NJ) if live_J is None else dx_NI.index_add_(1, live_J, u_NJ)
+            dx_NI = _put(u_NJ.mul_(c_NJ), x_NI, 1, live_J).addmm_(dy_NO, w_OI)
         dd_JO = c_NJ.mul_(x_NJ).T @ dy_NO
         return dx_NI, None, None, _put(dd_JO, d_IO, 0, live_J), dc_SI, None, None
 

@@ -55,4 +55,6 @@ class GateDescent(torch.optim.Optimizer):
     def _mean_squares(self, gradient_MG: Tensor) -> Tensor:
         """Of every layer over all experts [layers]."""
         mean_G = gradient_MG.square().mean(0)
-        return torch.segment_reduce(mean_G, "mean", lengths=self.widths)
+        return torch.segment_reduce(
+            mean_G, "mean", lengths=self.widths, unsafe=True
+        )  # else it waits for the GPU

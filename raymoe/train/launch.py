@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -73,7 +74,10 @@ def _draw_masks(job: TrainJob) -> None:
     from raymoe.analysis.figures import draw
 
     description = json.loads((job.out / "masks.json").read_text())
-    draw(description, read_rows(job.out / "metrics.jsonl"), description["sizes"], job.out / "figures")
+    try:
+        draw(description, read_rows(job.out / "metrics.jsonl"), description["sizes"], job.out / "figures")
+    except Exception as error:  # what was trained is worth more than its pictures
+        print(f"figures of {job.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def clean(name: str, storage: Path) -> None:

@@ -30,8 +30,8 @@ from raymoe.models.simoe import (
     PromptRouter,
     expected_sparsity,
     live_columns,
+    mean_overlap,
     orthogonality,
-    overlap,
     sparsity,
 )
 from raymoe.train.gate_optimizer import GateDescent
@@ -43,6 +43,8 @@ ROUTER_TRAVEL = 8.0
 """Steps times width times the router's default learning rate: what its logits move by if all gradients agree."""
 DELTA_RATE = 8.0
 """The delta's default learning rate, in learning rates of the dense model."""
+PROMPTS_PER_DOMAIN = 10_000
+"""Training prompts that a domain's mean expert weights are taken over."""
 MASK_TRAVEL = 22.0
 """Steps times the gates' default learning rate: it takes them across their range well before the end."""
 
@@ -62,9 +64,10 @@ class MaskTrainer:
         world_size: int,
         learning_rate: float,
         precision: str,
+        chat_template: str,
         form: Form | None = None,
     ) -> None:
-        self.precision = precision
+        self.precision, self.chat_template = precision, chat_template
         self.delta_rate = method.delta_learning_rate or DELTA_RATE * learning_rate
         self.method, self.interpolated, self.seed, self.total_steps = method, interpolated, seed, total_steps
         self.device, self.world_size, self.form = device, world_size, form
@@ -85,11 +88,15 @@ class MaskTrainer:
         self.multiplier, self.unit = torch.zeros(rows, device=device), torch.zeros((), device=device)
         self.sample = self.gates.log_alpha.detach()
         self.live: list[Tensor | None] = []
+        self.trained: tuple[Tensor, list[Tensor | None]] | None = None
+        """Gates without noise and their live columns, from an evaluation until the next step."""
+        self.saturated_start = float(_saturated(self.gates.evaluated()))
         self.saturated_early = 0.0
-        """Largest share of gates at 0 or 1 in the first steps, as far as its metrics were read."""
+        """By how much the share of gates at 0 or 1 grew in the first steps, as far as metrics were read."""
 
     def begin(self, step: int) -> None:
         """Draw the gates of `step`: the same on all workers and for all micro batches."""
+        self.trained = None
         noise = self._noise(step)
         with torch.no_grad():
             self.sample = self.gates.sampled(noise)
@@ -112,9 +119,13 @@ class MaskTrainer:
     def held_out(self, records: Sequence[int], batch: Batch | None) -> Iterator[None]:
         """Within the block the model is that of held-out `records`: of a batch's documents, else a row each."""
         with torch.no_grad():
-            c_SG = self.router(self._rows(self.held_out_prompts, records)) @ self.gates.evaluated()
+            if self.trained is None:
+                gates = self.gates.evaluated()
+                self.trained = gates, live_columns(gates, self.interpolated.layout)
+            c_SG = self.router(self._rows(self.held_out_prompts, records)) @ self.trained[0]
         where = (batch.documents, batch.input_ids.numel()) if batch else ()
-        with self.interpolated.applied(c_SG, *where, form=self.form if batch else None):
+        options = {"live": self.trained[1], "form": self.form if batch else None}
+        with self.interpolated.applied(c_SG, *where, **options):
             yield
 
     def _rows(self, prompts: NDArray[np.float32], records: Sequence[int]) -> Tensor:
@@ -201,7 +212,7 @@ class MaskTrainer:
             "masks/multiplier": self.multiplier.mean(),
             "masks/unit": self.unit,
             "masks/overlap": mean_overlap(gates),
-            "masks/saturated": ((gates == 0) | (gates == 1)).float().mean(),
+            "masks/saturated": _saturated(gates),
         }
         if self.method.sparsity_scope == "per_expert":
             metrics |= {f"masks/multiplier/{m}": value for m, value in enumerate(self.multiplier)}
@@ -221,6 +232,7 @@ class MaskTrainer:
         return {
             **headline(description),
             "masks/saturated_early": self.saturated_early,
+            "masks/learning_rate": self.mask_rate,
             "model/parameters": size,
             "model/active_parameters": size,
         }
@@ -233,11 +245,13 @@ class MaskTrainer:
     def read(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note what the metrics of a finished `step`, on the host now, say of the first steps."""
         if step <= max(3, FIRST_STEPS * self.total_steps):
-            self.saturated_early = max(self.saturated_early, metrics["masks/saturated"])
+            growth = metrics["masks/saturated"] - self.saturated_start
+            self.saturated_early = max(self.saturated_early, growth)
 
     def finite(self) -> bool:
-        """Whether gates and router are numbers."""
-        return all(bool(torch.isfinite(p).all()) for p in [self.gates.log_alpha, *self.router.parameters()])
+        """Whether gates and router are numbers on all workers; all get the same answer."""
+        own = [torch.isfinite(p).all() for p in [self.gates.log_alpha, *self.router.parameters()]]
+        return not bool(summed((~torch.stack(own)).any().float()))
 
     # ---- checkpoints
 
@@ -277,10 +291,11 @@ class MaskTrainer:
         """What is written with the model: masks, router and every domain's mean weights; and their description."""
         gates = self.gates.evaluated().cpu()
         router = {name: p.detach().cpu() for name, p in self.router.state_dict().items()}
-        domains = _means(self._weights(self.prompts), encoded.domains)
+        some = _some(encoded.domains, PROMPTS_PER_DOMAIN)
+        domains = _means(self._weights(self.prompts[some]), [encoded.domains[i] for i in some])
         description = self.describe(held_out)
         description["sizes"] = self._sizes(description)
-        return Masks(self.method, gates, router, domains), description
+        return Masks(self.method, gates, router, domains, self.chat_template), description
 
     def _weights(self, prompts: NDArray[np.float32]) -> Tensor:
         """Expert weights a [n, M] of all prompts."""
@@ -291,10 +306,18 @@ class MaskTrainer:
         return torch.cat(some).cpu()
 
 
-def mean_overlap(gates_MG: Tensor) -> Tensor:
-    """Mean cosine between two different rows of Z; 0 of a single expert."""
-    ratios_MM, experts = overlap(gates_MG), len(gates_MG)
-    return (ratios_MM.sum() - ratios_MM.diagonal().sum()) / max(1, experts * (experts - 1))
+def _some(domains: Sequence[str], limit: int) -> NDArray[np.int64]:
+    """Indices, rising, of at most `limit` examples of each domain, spread over all of it."""
+    labels = np.asarray(domains)
+    members = [np.flatnonzero(labels == domain) for domain in np.unique(labels)]
+    return np.sort(
+        np.concatenate([m[np.linspace(0, len(m) - 1, min(limit, len(m))).astype(int)] for m in members])
+    )
+
+
+def _saturated(gates_MG: Tensor) -> Tensor:
+    """Share of gates at 0 or 1."""
+    return ((gates_MG == 0) | (gates_MG == 1)).float().mean()
 
 
 def _means(weights_SM: Tensor, domains: Sequence[str]) -> dict[str, list[float]]:

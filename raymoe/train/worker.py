@@ -149,6 +149,7 @@ class Trainer:
             world_size=self.session.world_size,
             learning_rate=self.run.optimization.learning_rate,
             precision=self.run.precision,
+            chat_template=self.run.data.chat_template,
             form=None if job.execution.simoe_form == "auto" else job.execution.simoe_form,
         )
 
@@ -179,9 +180,9 @@ class Trainer:
         windows = self.order.windows(self.state.step)
         rate = learning_rate(self.state.step, self.order.total_steps, self.run.optimization)
         scheduled = rate / self.run.optimization.learning_rate
-        deepspeed_engine.set_learning_rate(
-            self.engine, rate if not self.masks else scheduled * self.masks.delta_rate
-        )
+        if self.masks:
+            rate = scheduled * self.masks.delta_rate
+        deepspeed_engine.set_learning_rate(self.engine, rate)
         completion, real = _token_counts(self.encoded, windows)
         mine = windows[self.session.rank :: self.session.world_size]
         total: dict[str, Tensor] = {}
@@ -286,15 +287,16 @@ class Trainer:
         self.clock = time.perf_counter()
 
     def _sizes(self) -> dict[str, float]:
-        """Parameters that are stored, and that one token meets (SIMoE: unmerged, without dead columns)."""
+        """Memory, and parameters that are stored and that one token meets (SIMoE: unmerged, no dead columns)."""
         model = self.engine.module.model
+        memory = {"system/peak_memory_bytes": peak_memory(self.session.device)}
         if self.masks:
-            return self.masks.measure(self.evaluator.held_out)
+            return memory | self.masks.measure(self.evaluator.held_out)
         embeddings = model.get_input_embeddings().weight
         tied = embeddings is model.get_output_embeddings().weight
         active = active_parameters(model, _top_k(self.run)) + (0 if tied else num_parameters(embeddings))
         total = sum(num_parameters(p) for p in model.parameters())
-        return {"model/parameters": float(total), "model/active_parameters": float(active)}
+        return memory | {"model/parameters": float(total), "model/active_parameters": float(active)}
 
     def _check_stop(self) -> None:
         """Raises TrainingFailed, on all workers alike, if the run is to end early."""

@@ -86,6 +86,8 @@ class Masks:
     """State of the `PromptRouter`."""
     domains: Mapping[str, Sequence[float]]
     """Domain -> mean expert weights [M] of its prompts."""
+    chat_template: str = "tokenizer"
+    """How prompts were rendered: `data.chat_template` of the training."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class SIMoEConfig:
     """Numbers of parameters: `dense`, `delta` and `gates` (live columns alone), `router`."""
     domains: Mapping[str, tuple[float, ...]]
     """Domain -> mean expert weights [M] of its prompts."""
+    chat_template: str
+    """How prompts were rendered: `data.chat_template` of the training."""
 
     def plan(self, router: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
         """Every tensor of `simoe.safetensors`; `router`: shapes of its parameters."""
@@ -158,6 +162,7 @@ def _parsed(values: Mapping[str, Any], folder: Path) -> SIMoEConfig:
         live=live,
         parameters={name: int(number) for name, number in values["parameters"].items()},
         domains=domains,
+        chat_template=values["chat_template"],
     )
 
 
@@ -171,6 +176,7 @@ def _as_json(config: SIMoEConfig) -> dict[str, Any]:
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == config.dtype),
         "parameters": dict(config.parameters),
         "domains": {name: list(weights) for name, weights in config.domains.items()},
+        "chat_template": config.chat_template,
         "layers": [{**asdict(span), "live": live} for span, live in spans],
     }
 
@@ -279,7 +285,9 @@ def _described(
     }
     domains = {name: tuple(map(float, weights)) for name, weights in masks.domains.items()}
     path, digest = dense.absolute(), _digest(dense_tensors(dense))
-    return SIMoEConfig(masks.method, path, digest, dtype, layout, tuple(live), parameters, domains)
+    return SIMoEConfig(
+        masks.method, path, digest, dtype, layout, tuple(live), parameters, domains, masks.chat_template
+    )
 
 
 def _mask_tensors(
@@ -492,13 +500,12 @@ def generate_merged(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[NDArray[np.int32]],
     max_new_tokens: int,
-    synced: bool = False,
     stop: Collection[int] = (),
 ) -> list[str]:
     """Greedy completions with the weights merged once per distinct row of `coefficients_SG`.
 
-    Decoding costs what it costs with the dense model; prompts with the same row are decoded together.
-    `synced` and `stop` as in `raymoe.evaluate.generate`.
+    Decoding costs what it costs with the dense model; prompts with the same row are decoded together. Of
+    weights that are whole on this worker (not ZeRO-3's). `stop` as in `raymoe.evaluate.generate`.
     """
     from raymoe.evaluate import generate
 
@@ -508,7 +515,7 @@ def generate_merged(
         members = (group_S == group).nonzero()[:, 0].tolist()
         with interpolated.merged(c_G):
             some = [prompts[i] for i in members]
-            completions = generate(interpolated.model, tokenizer, some, max_new_tokens, synced, stop)
+            completions = generate(interpolated.model, tokenizer, some, max_new_tokens, stop=stop)
         for i, text in zip(members, completions, strict=True):
             texts[i] = text
     return texts
@@ -548,8 +555,8 @@ def merge(folder: Path, out: Path, expert_weights_M: Sequence[float] | Tensor) -
     return survived / wanted if wanted else 1.0
 
 
-def route(folder: Path, text: str, data: Data) -> list[float]:
-    """Expert weights [M] that the SIMoE model in `folder` gives a user's message.
+def route(folder: Path, text: str) -> list[float]:
+    """Expert weights [M] that the SIMoE model in `folder` gives a user's message, rendered as in its training.
 
     Raises:
         InputError: as `load_simoe` and `prompt_tokens`.
@@ -557,6 +564,7 @@ def route(folder: Path, text: str, data: Data) -> list[float]:
     config = simoe_config(folder)
     simoe = load_simoe(folder, config.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(config.dense, local_files_only=True)
+    data = validate(Data, {"chat_template": config.chat_template})
     weights_1M = simoe.expert_weights([prompt_tokens(text, tokenizer, data)])
     return weights_1M[0].tolist()
 

@@ -72,7 +72,7 @@ def test_simoe_is_the_interpolated_model(family: str) -> None:
     assert whole["total"] == whole["active"] == dense + delta + masks
     assert whole["training_bytes"] == 16 * delta + 4 * dense + 16 * masks
     half = sizes(config_of(family), METHOD, delta, precision="bfloat16")["simoe"]
-    assert half["training_bytes"] == 16 * delta + 2 * dense + 16 * masks
+    assert half["training_bytes"] == 18 * delta + 2 * dense + 16 * masks
 
 
 def test_simoe_without_its_dead_columns() -> None:
@@ -109,7 +109,8 @@ def test_the_model_that_a_config_belongs_to_stays_as_it_is() -> None:
 def test_zero_spreads_the_state_as_its_paper_says(stage: int, expected: float) -> None:
     model = Counts(total=7_500_000_000, active=7_500_000_000, trained=7_500_000_000)
     state = training_state(model, "bfloat16", workers=64, zero_stage=stage)
-    assert sum(state.values()) == pytest.approx(expected, rel=0.02)
+    papers = {**state, "gradients": state["gradients"] / 2}  # 16 bits there, fp32 here
+    assert sum(papers.values()) == pytest.approx(expected, rel=0.02)
 
 
 def test_zero_leaves_masks_whole_and_spreads_frozen_weights_last() -> None:
@@ -117,4 +118,4 @@ def test_zero_leaves_masks_whole_and_spreads_frozen_weights_last() -> None:
     states = [training_state(model, "bfloat16", workers=8, zero_stage=stage) for stage in range(4)]
     assert [s["masks"] for s in states] == [160] * 4
     assert [s["frozen"] for s in states] == [800, 800, 800, 100]
-    assert [s["gradients"] for s in states] == [1600, 1600, 200, 200]
+    assert [s["gradients"] for s in states] == [3200, 3200, 400, 400]

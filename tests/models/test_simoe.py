@@ -372,6 +372,32 @@ def test_factored_in_bfloat16_is_as_close_to_float32_as_the_dense_model(family: 
         assert_near(actual, wanted, 0.1)
 
 
+def _kept(effect: Tensor, exact: Tensor) -> float:
+    return float((effect.double() * exact.double()).sum() / exact.double().square().sum())
+
+
+@pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4])
+def test_factored_keeps_in_bfloat16_what_merging_loses(ratio: float) -> None:
+    """Of outputs and of gradients of inputs, at a delta of `ratio` times the weights."""
+    from raymoe.models.simoe import _Factored, _Merged
+
+    random = seeded(0)
+    weight = torch.randn(256, 256, generator=random).bfloat16()
+    delta = (ratio * torch.randn(256, 256, generator=random)).bfloat16()
+    x = torch.randn(4096, 256, generator=random).bfloat16().requires_grad_()
+    dy = torch.randn(4096, 256, generator=random).bfloat16()
+    ones, samples = torch.ones(1, 256), torch.zeros(4096, dtype=torch.long)
+    dense, dense_dx = (x @ weight.T).detach(), dy @ weight
+    y = _Factored.apply(x, weight, None, delta, ones, None, samples)
+    y.backward(dy)
+    merged = _Merged.apply(x.detach(), weight, None, delta, ones, None, ((0, 4096),))
+    exact, exact_dx = x.detach().double() @ delta.double(), dy.double() @ delta.double().T
+    assert _kept(y.detach() - dense, exact) == pytest.approx(1, abs=0.15)
+    assert _kept(x.grad - dense_dx, exact_dx) == pytest.approx(1, abs=0.15)
+    if ratio < 1e-2:
+        assert _kept(merged - dense, exact) < 0.6
+
+
 @pytest.mark.parametrize("scale", [1e-2, 1e-3])
 @pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_norm", "self_attn.q_proj", "mlp.down_proj"])
 def test_small_deltas_are_not_rounded_away_in_bfloat16(name: str, scale: float) -> None:

@@ -29,6 +29,7 @@ METHOD = SparseInterpolation(
     mask_learning_rate=0.1,
     delta_learning_rate=1e-2,
     router_learning_rate=3e-3,
+    log_alpha_mean=-2.0,  # some columns are dead from the start, others die and come back
 )
 
 
@@ -137,8 +138,7 @@ def _rows(session: LocalSession) -> list[dict[str, float]]:
 def test_training_equals_the_formulas_written_out(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, form: str
 ) -> None:
-    method = METHOD.model_copy(update={"log_alpha_mean": -2.0})
-    run = small_run(pico, data_folder, method, epsilon=1e-5)  # gradients of 0 +- rounding stay near 0
+    run = small_run(pico, data_folder, METHOD, epsilon=1e-5)  # gradients of 0 +- rounding stay near 0
     session = LocalSession()
     train(small_job(run, pico, encoded, tmp_path / "out", simoe_form=form), session)
     expected = _written_out(run, pico, encoded, tmp_path / "out" / "prompts")
@@ -215,7 +215,13 @@ def test_a_checkpoint_leaves_the_frozen_weights_out(
 
 
 @pytest.mark.parametrize(
-    "setting", [{"micro_batch": 4}, {"activation_checkpointing": True}, {"zero_stage": 3}]
+    "setting",
+    [
+        {"micro_batch": 4},
+        {"activation_checkpointing": True},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "activation_checkpointing": True},
+    ],
 )
 def test_execution_changes_nothing(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, setting: dict[str, Any]
@@ -227,6 +233,7 @@ def test_execution_changes_nothing(
     one, other = (_rows(session) for session in sessions)
     for a, b in zip(one, other, strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], abs=1e-4)
+        assert 0 < a["masks/sparsity"] < 1
         assert b["masks/sparsity"] == pytest.approx(a["masks/sparsity"], abs=5e-3)
 
 
@@ -244,6 +251,11 @@ def test_bfloat16_trains_with_gates_in_float32(
     }
     assert {p.dtype for p in trainer.engine.module.model.parameters()} == {torch.bfloat16}
     train(job, half)
+    page = small_job(job.run, pico, encoded, tmp_path / "page", zero_stage=3, activation_checkpointing=True)
+    as_the_page = LocalSession()
+    train(page, as_the_page)
+    for ours, exact in zip(_rows(as_the_page), _rows(half), strict=True):
+        assert ours["train/loss"] == pytest.approx(exact["train/loss"], rel=0.005)
     for ours, exact in zip(_rows(half), _rows(full), strict=True):
         assert ours["train/loss"] == pytest.approx(exact["train/loss"], rel=0.02)
         assert ours["masks/sparsity"] == pytest.approx(exact["masks/sparsity"], abs=0.05)
@@ -301,4 +313,4 @@ def test_a_mask_learning_rate_that_saturates_the_gates_is_told(
         run = small_run(pico, data_folder, method, warmup_fraction=0.0)
         evaluations = train(small_job(run, pico, encoded, tmp_path / str(rate)), LocalSession())
         early[rate] = evaluations[-1]["masks/saturated_early"]
-    assert early[0.01] < 0.5 and early[50.0] > 0.9
+    assert early[0.01] < 0.1 and early[50.0] > 0.5
