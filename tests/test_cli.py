@@ -151,7 +151,6 @@ def test_mistakes_in_the_configuration_come_together(
         ("export --out x", "export: this run is not trained yet"),
         ("export", "export: --out FOLDER says where to"),
         ("represent --method su", "method.name: su uses no representations: choose from trsu, crsu"),
-        ("represent --method simoe", "method.name: simoe uses no representations: choose from trsu, crsu"),
         ("cluster --method simoe", "method.name: simoe uses no representations: choose from trsu, crsu"),
         ("upcycle --method dense", "method.name: dense has nothing to upcycle"),
         ("upcycle --method simoe", "method.name: simoe has nothing to upcycle"),

@@ -64,7 +64,7 @@ class MaskTrainer:
         world_size: int,
         learning_rate: float,
         precision: str,
-        chat_template: str,
+        chat_template: str = "tokenizer",
         form: Form | None = None,
     ) -> None:
         self.precision, self.chat_template = precision, chat_template
