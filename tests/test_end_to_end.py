@@ -136,7 +136,7 @@ def check_export(user: User, row: dict[str, Any]) -> None:
     settings = [word for word in user.command[2:] if word != "0.9"]
     settings[settings.index("--warmup-fraction")] = "--warmup-fraction=0.9"
     command = [sys.executable, "-m", "raymoe.cli", "export", *settings, "--method", "simoe"]
-    command += ["--learning-rate", "0.01", "--out", "plain", "--merge-domain"]
+    command += ["--optimization.learning-rate", "0.01", "--out", "plain", "--merge-domain"]
     told = [
         subprocess.run(
             [*command, domain], cwd=user.folder, env=user.environment, capture_output=True, text=True
