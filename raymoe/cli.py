@@ -503,7 +503,29 @@ def _report(command: Command) -> int:
     return 0
 
 
+def _plan(command: Command) -> int:
+    from raymoe.plan import parsed, plan, show
+
+    made = plan(command.job, parsed(command.options, command.job))
+    if command.json:
+        print(to_json(made))
+    else:
+        show(made)
+    return 0
+
+
 VERBS: dict[str, Verb] = {
+    "plan": Verb(
+        "Say what a run will cost: parameters, memory per GPU, hours, and the setting to run it with.",
+        _plan,
+        {
+            "gpu": "NAME to plan for (a10g, l4, l40s, a100-80gb, h100, ...); by default all that are known",
+            "gpus": "N of them, one worker each (default: execution.workers, else 1)",
+            "mfu": "SHARE of the vendor's peak that is assumed to be reached (default: 0.4)",
+            "tokens": "N to train on, where the data are not in the store",
+            "price_per_gpu_hour": "PRICE in your currency",
+        },
+    ),
     "filter": Verb(
         "Score the perplexity of every training instance under the dense model.",
         _stage_verb(_filter_stage, _show_scores),

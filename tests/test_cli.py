@@ -124,7 +124,7 @@ def test_help_mistakes_and_plans_import_nothing_heavy(tmp_path: Path) -> None:
 
 def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = refused("trian --seed 1", capsys)
-    assert line.startswith("unknown verb 'trian': choose from filter, represent,")
+    assert line.startswith("unknown verb 'trian': choose from plan, filter, represent,")
 
 
 def test_mistakes_in_the_configuration_come_together(

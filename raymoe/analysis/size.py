@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from raymoe.config import SparseInterpolation
+from raymoe.config import Dense, Experts, SparseInterpolation
 from raymoe.models.simoe import GateLayout, PromptRouter, gate_layout
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -102,7 +102,7 @@ def _counts(
     num_experts: int,
     top_k: int,
 ) -> dict[str, Counts]:
-    model = _on_meta(config)
+    model = on_meta(config)
     dense = model.num_parameters()
     return {
         "dense": Counts(dense, dense, dense),
@@ -111,7 +111,18 @@ def _counts(
     }
 
 
-def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def count(model: PreTrainedModel, method: Dense | Experts | SparseInterpolation) -> Counts:
+    """Parameters of what `method` makes of the dense `model`; SIMoE's total is that after training."""
+    if isinstance(method, Experts):
+        return _upcycled(model, method.num_experts, method.top_k)
+    if isinstance(method, SparseInterpolation):
+        return _interpolated(model, method, None, None)
+    dense = model.num_parameters()
+    return Counts(dense, dense, dense)
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The dense model of `config` without memory for its parameters."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return model

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PEAK_BFLOAT16 = {  # dense TFLOP/s as the vendor states them
-    "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10": 125,
-    "RTX 4090": 165, "V100": 125,
+    "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
+    "A10G": 70, "A10": 125, "RTX 4090": 165, "V100": 125,
 }  # fmt: skip
 PEAK_FLOAT32 = {
     "H200": 494,
