@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from raymoe.analysis.size import WEIGHT_BYTES, Counts, count, on_meta, training_state
 from raymoe.config import Experts, InputError, Job, Run, SparseInterpolation
 from raymoe.models.moe import upcycle_model
 from raymoe.models.packed_attention import LOGITS_PER_CHUNK
-from raymoe.models.seed import check_supported
+from raymoe.models.seed import check_supported, local_config
 from raymoe.models.simoe import gate_layout
 from raymoe.train.flops import PEAK_BFLOAT16, PEAK_FLOAT32, training_flops_per_token
 
@@ -109,7 +109,7 @@ def model_config(job: Job) -> PretrainedConfig:
         InputError: there is none, it can't be read, or raymoe doesn't upcycle such a model.
     """
     if job.model.name == "local":
-        return _local_config(job)
+        return local_config(job.model.local)
     folder = _config_folder(job.model.name, job.model.revision)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -118,19 +118,6 @@ def model_config(job: Job) -> PretrainedConfig:
         raise InputError(f"model.name: the config.json in {folder} can't be read: {reason}") from None
     check_supported(config)
     return config
-
-
-def _local_config(job: Job) -> LlamaConfig:
-    shape = job.model.local
-    return LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_heads,
-        tie_word_embeddings=False,
-    )
 
 
 def _config_folder(name: str, revision: str | None) -> Path:

@@ -46,15 +46,24 @@ def describe(
         scope: the `sparsity_scope` that the model was trained with, which `masks/sparsity` measures.
 
     Returns:
+        What `describe_gates` does, `tasks` and `domains` (number of `prompts` and mean expert `weights` [M]), and
+        `linkage` (`clustered` of the tasks, in their order; empty for a single one).
+    """
+    activation = _activation(weights_SM.detach().double().cpu().numpy(), tasks, domains)
+    return describe_gates(gates_MG, layout, scope) | activation
+
+
+def describe_gates(gates_MG: Tensor, layout: GateLayout, scope: str = "union") -> dict[str, Any]:
+    """What the gates in evaluation tell without any prompt, as plain JSON values.
+
+    Returns:
         `experts`, `gates`, `parameters` (of theta_delta), `live_gates`, `live_parameters` (in any expert),
         `sparsity` by scope, `overlap` (`ratios` [M, M] and their `mean`), `kinds` and `layers` (`parameters`
-        and shares of non-zeros `union` and `mean`), `tasks` and `domains` (number of `prompts` and mean expert
-        `weights` [M]), `linkage` (`clustered` of the tasks, in their order; empty for a single one).
+        and shares of non-zeros `union` and `mean`).
     """
     gates_MG = gates_MG.detach().double().cpu()
     owned_G = layout.owned().double()
     open_G = (gates_MG != 0).any(0)
-    ratios_MM = simoe.overlap(gates_MG)
     return {
         "experts": len(gates_MG),
         "gates": layout.size,
@@ -63,9 +72,11 @@ def describe(
         "live_parameters": int(owned_G[open_G].sum()),
         "scope": scope,
         "sparsity": {s: simoe.sparsity(gates_MG, owned_G, s).tolist() for s in SCOPES},
-        "overlap": {"ratios": ratios_MM.tolist(), "mean": float(simoe.mean_overlap(gates_MG))},
+        "overlap": {
+            "ratios": simoe.overlap(gates_MG).tolist(),
+            "mean": float(simoe.mean_overlap(gates_MG)),
+        },
         **_where(gates_MG, layout),
-        **_activation(weights_SM.detach().double().cpu().numpy(), tasks, domains),
     }
 
 
@@ -107,8 +118,8 @@ def _where(gates_MG: Tensor, layout: GateLayout) -> dict[str, list[dict[str, Any
 
 def _activation(weights_SM: Floats, tasks: Sequence[str], domains: Sequence[str]) -> dict[str, list[Any]]:
     """Mean expert weights of every task and of every domain, in the order of their names."""
-    by_task = _means(weights_SM, list(zip(domains, tasks, strict=True)))
-    by_domain = _means(weights_SM, domains)
+    by_task = mean_weights(weights_SM, list(zip(domains, tasks, strict=True)))
+    by_domain = mean_weights(weights_SM, domains)
     weights_TM = np.array([means["weights"] for means in by_task.values()])
     return {
         "tasks": [{"task": task, "domain": domain, **v} for (domain, task), v in by_task.items()],
@@ -117,8 +128,8 @@ def _activation(weights_SM: Floats, tasks: Sequence[str], domains: Sequence[str]
     }
 
 
-def _means(weights_SM: Floats, labels: Sequence[Any]) -> dict[Any, dict[str, Any]]:
-    """`prompts` and mean `weights` [M] under every label."""
+def mean_weights(weights_SM: Floats, labels: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+    """Number of `prompts` and mean expert `weights` [M] of every label."""
     rows: dict[Any, list[int]] = {}
     for i, label in enumerate(labels):
         rows.setdefault(label, []).append(i)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raymoe.config import InputError, LocalModel, Model
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 """Dense `model_type`s whose blocks a standard Mixture-of-Experts class can hold."""
@@ -251,21 +251,31 @@ def _texts(corpus: Path) -> Iterator[str]:
             yield f"### Instruction:\n{record['prompt']}\n\n### Response:\n{record['completion']}"
 
 
-def _write_random_llama(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, shape: LocalModel, max_length: int, seed: int
-) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def local_config(shape: LocalModel, **settings: Any) -> LlamaConfig:
+    """The Llama of `shape`; `settings` are what its tokenizer and data decide."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_heads,
-        max_position_embeddings=2 * max_length,
         tie_word_embeddings=False,
+        **settings,
+    )
+
+
+def _write_random_llama(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, shape: LocalModel, max_length: int, seed: int
+) -> None:
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = local_config(
+        shape,
+        max_position_embeddings=2 * max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,7 +1,7 @@
 """SIMoE's part of training: gates, prompt router and sparsity constraint, beside the engine.
 
-They are small, replicated on all workers and kept in fp32 whatever the model's precision, so they have their
-own Adam instead of DeepSpeed's optimizer: a step samples the gates once, all micro batches share that sample,
+They are small, replicated on all workers and kept in fp32 whatever the model's precision, so they have
+optimizers of their own instead of DeepSpeed's: a step samples the gates once, all micro batches share that sample,
 and its gradient is summed over the workers once. What a step does is decided by (seed, step) alone.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from raymoe.analysis.masks import describe, headline
+from raymoe.analysis.masks import describe, describe_gates, headline, mean_weights
 from raymoe.analysis.size import sizes
 from raymoe.config import SparseInterpolation
 from raymoe.data.instructions import Batch, Encoded
@@ -153,7 +153,7 @@ class MaskTrainer:
         expected_K = expected_sparsity(self.gates.log_alpha, self.owned_G, self.method.sparsity_scope)
         (sparser_MG,) = torch.autograd.grad(expected_K.sum(), self.gates.log_alpha)
         self._measure_unit(learnt_MG, sparser_MG)
-        missing_K = self.target(step) - self._reached()
+        missing_K = self.target(step) - self._reached(self.gates.evaluated())
         price_K = self.unit * (self.multiplier + self.method.sparsity_penalty * missing_K)
         self.gates.log_alpha.grad = learnt_MG - price_K[:, None] * sparser_MG
         self.gate_optimizer.param_groups[0]["lr"] = self.mask_rate * rate**0.5
@@ -194,15 +194,15 @@ class MaskTrainer:
         return parts[0]
 
     @torch.no_grad()
-    def _reached(self) -> Tensor:
-        """The sparsity that the trained model would have now, [1] or [M]."""
-        return sparsity(self.gates.evaluated(), self.owned_G, self.method.sparsity_scope)
+    def _reached(self, gates: Tensor) -> Tensor:
+        """The sparsity of the trained model with these `gates`, [1] or [M]."""
+        return sparsity(gates, self.owned_G, self.method.sparsity_scope)
 
     @torch.no_grad()
     def _after(self, step: int) -> dict[str, Tensor]:
         """Move the multiplier towards the target, from 0 again where the sparsity crosses it (dual restart)."""
         gates = self.gates.evaluated()
-        reached_K = self._reached()
+        reached_K = self._reached(gates)
         missing_K = self.target(step) - reached_K
         crossed_K = missing_K * self.multiplier < 0
         growth_K = self.method.sparsity_rate / self.total_steps * missing_K
@@ -218,16 +218,11 @@ class MaskTrainer:
             metrics |= {f"masks/multiplier/{m}": value for m, value in enumerate(self.multiplier)}
         return {name: value / self.world_size for name, value in metrics.items()}
 
-    @torch.no_grad()
-    def describe(self, held_out: Encoded) -> dict[str, Any]:
-        """The masks as they are now, as plain values."""
-        weights = self._weights(self.held_out_prompts)
-        gates, layout, scope = self.gates.evaluated(), self.interpolated.layout, self.method.sparsity_scope
-        return describe(gates, layout, weights, held_out.tasks, held_out.domains, scope)
-
-    def measure(self, held_out: Encoded) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """What a milestone tells of the masks, and the model's size without dead columns."""
-        description = self.describe(held_out)
+        description = describe_gates(
+            self.gates.evaluated(), self.interpolated.layout, self.method.sparsity_scope
+        )
         size = float(self._sizes(description)["simoe"]["total"])
         return {
             **headline(description),
@@ -292,8 +287,17 @@ class MaskTrainer:
         gates = self.gates.evaluated().cpu()
         router = {name: p.detach().cpu() for name, p in self.router.state_dict().items()}
         some = _some(encoded.domains, PROMPTS_PER_DOMAIN)
-        domains = _means(self._weights(self.prompts[some]), [encoded.domains[i] for i in some])
-        description = self.describe(held_out)
+        weights = self._weights(self.prompts[some]).double().numpy()
+        means = mean_weights(weights, [encoded.domains[i] for i in some])
+        domains = {domain: of_domain["weights"] for domain, of_domain in means.items()}
+        description = describe(
+            gates,
+            self.interpolated.layout,
+            self._weights(self.held_out_prompts),
+            held_out.tasks,
+            held_out.domains,
+            self.method.sparsity_scope,
+        )
         description["sizes"] = self._sizes(description)
         return Masks(self.method, gates, router, domains, self.chat_template), description
 
@@ -318,11 +322,3 @@ def _some(domains: Sequence[str], limit: int) -> NDArray[np.int64]:
 def _saturated(gates_MG: Tensor) -> Tensor:
     """Share of gates at 0 or 1."""
     return ((gates_MG == 0) | (gates_MG == 1)).float().mean()
-
-
-def _means(weights_SM: Tensor, domains: Sequence[str]) -> dict[str, list[float]]:
-    """Mean expert weights of each domain's prompts."""
-    return {
-        domain: weights_SM[torch.tensor([d == domain for d in domains])].mean(0).tolist()
-        for domain in sorted(set(domains))
-    }

@@ -291,7 +291,7 @@ class Trainer:
         model = self.engine.module.model
         memory = {"system/peak_memory_bytes": peak_memory(self.session.device)}
         if self.masks:
-            return memory | self.masks.measure(self.evaluator.held_out)
+            return memory | self.masks.measure()
         embeddings = model.get_input_embeddings().weight
         tied = embeddings is model.get_output_embeddings().weight
         active = active_parameters(model, _top_k(self.run)) + (0 if tied else num_parameters(embeddings))
