@@ -52,6 +52,10 @@ class LocalSession:
         """Never."""
         return False
 
+    def leaving(self) -> bool:
+        """Never."""
+        return False
+
     def resumed(self, step: int) -> None:
         """Never."""
 

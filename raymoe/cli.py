@@ -51,7 +51,7 @@ class Verb:
     options: Mapping[str, str]
 
 
-FLAGS = ("dry_run", "json", "asha")
+FLAGS = ("dry_run", "json", "asha", "submit")
 COMMON = {
     "dry_run": "print what would be done and what is in the store, then stop",
     "json": "results as JSON",
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_sweep(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Entry point of a sweep file: `python sweeps/x.py [config.yaml] [--key value ...]`."""
-    return _guarded(lambda: _sweep(sweep, list(arguments)))
+    return _guarded(lambda: _sweep(sweep, list(arguments), Path(sys.argv[0])))
 
 
 def _guarded(work: Callable[[], int]) -> int:
@@ -158,19 +158,26 @@ def _sweep_file(arguments: list[str]) -> int:
         return 0
     from raymoe.sweep import load as load_sweep
 
-    return _sweep(load_sweep(Path(arguments[0])), arguments[1:])
+    return _sweep(load_sweep(Path(arguments[0])), arguments[1:], Path(arguments[0]))
 
 
-SWEEP_OPTIONS = {"asha": "stop trials early that do worse than others at the same step"}
+SWEEP_OPTIONS = {
+    "asha": "stop trials early that do worse than others at the same step",
+    "submit": "run as a job of the Ray cluster whose dashboard is at --execution.address, and follow its log",
+}
 
 
-def _sweep(sweep: Sweep, arguments: list[str]) -> int:
+def _sweep(sweep: Sweep, arguments: list[str], file: Path) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(f"{sweep.name}: {sweep.question}\n\n{_option_lines(SWEEP_OPTIONS)}\n{help_text()}")
         return 0
     from raymoe.sweep import Options, execute
 
-    command = _parse(arguments, SWEEP_OPTIONS)
+    command = _parse(list(arguments), SWEEP_OPTIONS)
+    if command.options.get("submit"):
+        from raymoe.jobs import submit
+
+        return submit(sweep, file, arguments, command.job, command.dry_run)
     asha = bool(command.options.get("asha"))
     return execute(sweep, command.job, Options(command.dry_run, command.json, asha))
 
@@ -205,7 +212,7 @@ def _stage_verb(
             return 0
         output = _make(stage, command)
         if command.json:
-            print(to_json({"path": str(output.path), **output.info}))
+            print(to_json({"path": str(output.location), **output.info}))
         else:
             show(command, output)
         return 0
@@ -223,21 +230,27 @@ def _print_stages(stage: Stage, command: Command) -> None:
 
 
 def _make(stage: Stage, command: Command) -> Any:
+    from raymoe.address import check as check_address
+    from raymoe.jobs import check_storage
     from raymoe.stages import WITHOUT_RAY, Context, make, prepare
     from raymoe.store import Store
 
     store = Store(command.job.execution.storage)
     if found := stage.find(store):
-        _say(f"{stage.name}: already in {found.path}")
+        _say(f"{stage.name}: already in {found.location}")
         return found
+    check_storage(command.job.execution.storage)
     store.check_writable()
+    if stage.name not in WITHOUT_RAY:
+        check_address(command.job.execution)
     context = Context(store, command.job.execution, _say)
     prepare([stage], context)
     if stage.name in WITHOUT_RAY:
         return make(stage, context)
-    from raymoe.cluster import connected
+    from raymoe.cluster import check_shared, connected
 
     with connected(command.job.execution):
+        check_shared(command.job.execution.storage)
         return make(stage, context)
 
 
@@ -260,7 +273,7 @@ def _show_scores(command: Command, output: Any) -> None:
     fraction = getattr(command.job.method, "perplexity_top_fraction", 0.05)
     title = f"completion perplexity per task; kept: the top {fraction:.0%}"
     print_rows(title, summarize(pq.read_table(output.path / SCORES), fraction))
-    print(f"every instance: {output.path / SCORES}")
+    print(f"every instance: {output.location / SCORES}")
 
 
 def _represent_stage(run: Any) -> Stage:
@@ -294,13 +307,13 @@ def _show_clusters(command: Command, output: Any) -> None:
         for i, layer in enumerate(output.info["layers"])
     ]
     print_rows("router rows per layer, measured on the clustered tokens", rows)
-    print(output.path)
+    print(output.location)
 
 
 def _show_info(command: Command, output: Any) -> None:
     for name, value in output.info.items():
         print(f"{name}: {value}")
-    print(output.path)
+    print(output.location)
 
 
 def _upcycle(command: Command) -> int:
@@ -310,14 +323,15 @@ def _upcycle(command: Command) -> int:
     if code or command.dry_run or not target:
         return code
     from raymoe import stages
+    from raymoe.storage import local
     from raymoe.store import Store
     from raymoe.upcycle import expert_start, load_recipe
     from raymoe.upcycle.checkpoint import materialize
 
     run, store = command.job.run(), Store(command.job.execution.storage)
-    recipe, router = load_recipe(stages.upcycle(run).path(store))
+    recipe, router = load_recipe(local(stages.upcycle(run).path(store)))
     start = expert_start(recipe.method, recipe.seed)
-    materialize(stages.dense(run).path(store), router, recipe.method, Path(target), start=start)
+    materialize(local(stages.dense(run).path(store)), router, recipe.method, Path(target), start=start)
     (_say if command.json else print)(f"loads with transformers: {target}")
     return 0
 
@@ -359,8 +373,10 @@ def _evaluate(command: Command) -> int:
         _check_tokenizer(_tokenizer_folder(Path(folder)), command)
     encoded = _make(data, command).path
     from raymoe.evaluate import evaluate_folder
+    from raymoe.storage import local
 
-    metrics = evaluate_folder(Path(folder) if folder else stage.path(store) / "model", encoded, run)
+    model = Path(folder) if folder else local(stage.path(store) / "model")
+    metrics = evaluate_folder(model, encoded, run)
     print(to_json(metrics) if command.json else "\n".join(f"{k:<32} {v:.4f}" for k, v in metrics.items()))
     return 0
 
@@ -369,6 +385,7 @@ def _check_tokenizer(model: Path, command: Command) -> None:
     """Raises InputError where the run's data are other token ids than those of `model`."""
     from raymoe import stages
     from raymoe.evaluate import check_tokenizer
+    from raymoe.storage import local
     from raymoe.store import Store
 
     run, store = command.job.run(), Store(command.job.execution.storage)
@@ -376,7 +393,7 @@ def _check_tokenizer(model: Path, command: Command) -> None:
     source = stages.dense(stages.local_seed(run) if run.model.name == "local" else run)
     if source.stage and source.stage.find(store) is None:
         _make(source.stage, command)
-    check_tokenizer(model, source.path(store))
+    check_tokenizer(model, local(source.path(store)))
 
 
 def _is_simoe(folder: str | Path) -> bool:
@@ -435,12 +452,13 @@ def _print_export(command: Command) -> None:
 def _trained_model(command: Command) -> Path:
     """The folder of the run's trained model; InputError if there is none yet."""
     from raymoe import stages
+    from raymoe.storage import local
     from raymoe.store import Store
 
     stage, store = stages.training(command.job.run()), Store(command.job.execution.storage)
     if stage.find(store) is None:
         raise InputError("export: this run is not trained yet: `raymoe train` it first")
-    return stage.path(store) / "model"
+    return local(stage.path(store) / "model")
 
 
 def _written(model: Path, out: Path, command: Command) -> dict[str, Any]:
@@ -504,14 +522,24 @@ def _report(command: Command) -> int:
 
 
 def _plan(command: Command) -> int:
-    from raymoe.plan import parsed, plan, show
+    from raymoe.plan import parsed, plan, plan_sweep, show, show_sweep
 
-    made = plan(command.job, parsed(command.options, command.job))
+    options, file = parsed(command.options, command.job), command.options.get("sweep")
+    made = plan_sweep(_trial_jobs(file, command.job), options) if file else plan(command.job, options)
     if command.json:
         print(to_json(made))
     else:
-        show(made)
+        (show_sweep if file else show)(made)
     return 0
+
+
+def _trial_jobs(file: str, job: Job) -> dict[str, Job]:
+    """The runs of a sweep file, by the names of its trials."""
+    from raymoe.sweep import load, trials_of
+
+    parts = {"execution": job.execution}
+    trials = trials_of(load(Path(file)), job.run())
+    return {t.name: Job(**{n: getattr(t.run, n) for n in type(t.run).model_fields}, **parts) for t in trials}
 
 
 VERBS: dict[str, Verb] = {
@@ -523,7 +551,8 @@ VERBS: dict[str, Verb] = {
             "gpus": "N of them, one worker each (default: execution.workers, else 1)",
             "mfu": "SHARE of the vendor's peak that is assumed to be reached (default: 0.4)",
             "tokens": "N to train on, where the data are not in the store",
-            "price_per_gpu_hour": "PRICE in your currency",
+            "price_per_gpu_hour": "PRICE in your currency (default: rough examples, dollars on AWS)",
+            "sweep": "FILE of a sweep, to plan all of its trials",
         },
     ),
     "filter": Verb(

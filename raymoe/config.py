@@ -387,16 +387,18 @@ class Execution(Config):
     """How a run is computed. Nothing here enters a hash or changes a result beyond rounding."""
 
     storage: str = Field(default_factory=lambda: os.environ.get("RAYMOE_STORAGE", "runs"))
-    """Folder for stages, checkpoints and sweeps; on a cluster one that all nodes share. $RAYMOE_STORAGE."""
+    """Folder or s3://bucket/prefix for stages, checkpoints and sweeps; all nodes must reach it. $RAYMOE_STORAGE."""
     address: str | None = None
     """Ray cluster to use; by default the one of the job, else a local one."""
-    workers: int | None = Field(None, ge=1)
-    """Training workers of one trial: by default one per GPU of the cluster; on CPUs two, if the batch allows
-    and the machine has them."""
+    workers: int | tuple[int, int] | None = None
+    """Training workers of one trial: by default one per GPU of a node; on CPUs two, if the batch allows and the
+    machine has them. Two numbers, the fewest and the most: as many as there is room for, while nodes come and go."""
+    resize_interval: float = Field(60.0, gt=0)
+    """Seconds between looks whether there is room for more workers. They go on from the last checkpoint."""
     cpus_per_worker: int | None = Field(None, ge=1)
-    """CPUs of one training worker; by default 1 beside a GPU, else the machine's CPUs divided by the workers."""
+    """CPUs of one training worker; by default 1 beside a GPU, else a node's CPUs divided by the workers."""
     gpu: bool | None = None
-    """Train on GPUs; by default if the cluster has any."""
+    """Train on GPUs; by default if the cluster has any, or its autoscaler may add some."""
     micro_batch: int = Field(8, ge=1)
     """Packed sequences in one forward pass; gradients are accumulated up to `batch_size`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -416,11 +418,29 @@ class Execution(Config):
     scoring_actors: int | None = Field(None, ge=1)
     """Model copies that score in parallel; by default one per GPU, else one."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints; by default at the milestones."""
+    """Optimizer steps between checkpoints, besides those at the milestones and every `checkpoint_minutes`."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes of training after which a checkpoint is written if none was."""
     max_failures: int = Field(2, ge=-1)
     """Worker crashes a trial survives, each time going on from its last checkpoint; -1: any number."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Trials at the same time; by default as many as the cluster has room for."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _one_or_two_numbers(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, list | tuple) else [1 if value is None else value]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+        if not whole or len(numbers) not in (1, 2) or sorted(numbers) != list(numbers):
+            raise ValueError("expected a number from 1 on, or two: the fewest and the most workers")
+        if len(numbers) == 2:
+            return tuple(numbers)
+        return value if value is None else numbers[0]
+
+    @property
+    def most_workers(self) -> int | None:
+        """`workers`, of elastic ones the most."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
     @model_validator(mode="after")
     def _offload_fits(self) -> Execution:
@@ -439,7 +459,7 @@ class Job(Run):
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> Job:
         batch, workers = self.optimization.batch_size, self.execution.workers
-        if workers and batch % workers:
+        if isinstance(workers, int) and batch % workers:
             raise ValueError(
                 f"optimization.batch_size {batch} is not a multiple of execution.workers {workers}"
             )

@@ -2,9 +2,9 @@
 
     raymoe plan my-run.yaml --gpu h100 --gpus 8 --mfu 0.4
 
-Arithmetic on the meta device: no weights are read or downloaded, only a model's config.json. See `Activations` for
-what the estimate of memory is made of; it has not been compared with measured peaks. Time is model FLOPs over an
-assumed share (MFU) of the vendor's peak; prices are the user's.
+Arithmetic on the meta device: no weights are read or downloaded, only a model's config.json. `Activations` and
+`Setting` say what the estimate of memory is made of; benchmarks/plan_memory.py compares it with what training
+allocates. Time is model FLOPs over an assumed share (MFU) of the vendor's peak; prices are the user's or `PRICES`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,24 @@ GPUS = {  # name: (key in the tables of peaks, GB of memory)
     "a10g": ("A10G", 24), "l4": ("L4", 24), "l40s": ("L40S", 48), "v100-16gb": ("V100", 16),
     "a100-40gb": ("A100", 40), "a100-80gb": ("A100", 80), "h100": ("H100", 80), "h200": ("H200", 141),
 }  # fmt: skip
-INSTANCES = {  # of AWS: (GPU, how many)
-    "g5.xlarge": ("a10g", 1), "g5.12xlarge": ("a10g", 4), "g5.48xlarge": ("a10g", 8), "g6.xlarge": ("l4", 1),
-    "g6.12xlarge": ("l4", 4), "g6.48xlarge": ("l4", 8), "g6e.xlarge": ("l40s", 1), "g6e.12xlarge": ("l40s", 4),
-    "g6e.48xlarge": ("l40s", 8), "p4d.24xlarge": ("a100-40gb", 8), "p4de.24xlarge": ("a100-80gb", 8),
-    "p5.48xlarge": ("h100", 8), "p5en.48xlarge": ("h200", 8),
+INSTANCES = {  # of AWS: (GPU, how many, dollars an hour)
+    "g5.xlarge": ("a10g", 1, 1.01), "g5.12xlarge": ("a10g", 4, 5.67), "g5.48xlarge": ("a10g", 8, 16.29),
+    "g6.xlarge": ("l4", 1, 0.80), "g6.12xlarge": ("l4", 4, 4.60), "g6.48xlarge": ("l4", 8, 13.35),
+    "g6e.xlarge": ("l40s", 1, 1.86), "g6e.12xlarge": ("l40s", 4, 10.49), "g6e.48xlarge": ("l40s", 8, 30.13),
+    "p4d.24xlarge": ("a100-40gb", 8, 21.96), "p4de.24xlarge": ("a100-80gb", 8, 27.45),
+    "p5.48xlarge": ("h100", 8, 55.04), "p5en.48xlarge": ("h200", 8, 63.30),
 }  # fmt: skip
+"""Prices are examples: on demand, us-west-2, roughly those of late 2025 and not looked up. Spot is often 30% to 70%
+of that."""
+CLUSTER_INSTANCE = "g6e.12xlarge"
+"""The workers of cluster.yaml."""
 USABLE = 0.9
 """Share of a GPU's memory that a plan fills: the rest is for CUDA's context, NCCL and fragmentation."""
 BUCKET = 500_000_000
-"""DeepSpeed's default `reduce_bucket_size`: gradients on their way, in elements."""
+"""DeepSpeed's default `reduce_bucket_size`, in elements: gradients on their way, allocated whole for any model."""
 LIVE = 1_000_000_000
-"""DeepSpeed's default `stage3_max_live_parameters`: weights gathered at one time."""
+"""DeepSpeed's defaults under ZeRO-3, in elements: weights gathered at one time (`stage3_max_live_parameters`) and
+updated at one time (`sub_group_size`)."""
 TOKENS_PER_DOCUMENT = 256
 """Assumed where SIMoE's coefficients, one row per document, are counted."""
 
@@ -61,45 +67,54 @@ class Options:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for the backward pass of one micro batch, by raymoe's forward (A = heads x head width, K likewise of
-    key-value heads, b bytes of the precision, k = top_k, per token; all tokens count as completion).
+    """Bytes of one micro batch by raymoe's forward and backward (A = heads x head width, K likewise of key-value
+    heads, b bytes of the precision, k = top_k, V = vocabulary; per token, all of which count as completion).
 
-    norm: 4 D (its input in fp32) + 2 b D (normalised; scaled). Two in a layer and one at the end; of qwen3 also of
-        query and key.
-    attention: b (3 A + 2 K): query, key, value, output, output in the order of tokens; no score matrices.
-    FFN: 4 b F: gate, its activation, up, their product. Experts: k times that, 2 k b D for what is dispatched and
-        what comes back, 12 N for the router. SIMoE's linears keep what dense ones do; its coefficients are 8 G per
-        document (with their gradients).
-    layer: with checkpointing only b D of each, and one layer as above while it is computed again.
-    head: 8 bytes a logit (fp32 log-probabilities and their gradient; 10 in bfloat16), of LOGITS_PER_CHUNK at most.
+    kept, for the backward pass, of every layer; with checkpointing only its input, b D:
+        norm: 4 D (its input in fp32) + 2 b D (normalised; scaled). Two in a layer; of qwen3 also of query and key.
+        attention: b (3 A + 2 K): query, key, value, output, output in the order of tokens; no score matrices.
+        FFN: 4 b F: gate, its activation, up, their product. Experts: k times that, 2 k b D for what is dispatched and
+            what comes back, 12 N for the router. SIMoE's linears keep what dense ones do; its coefficients are
+            8 G per document (with their gradients).
+    passing, the larger of what exists beside it
+        at the loss: the last norm and what of it the head sees, and 12 V (fp32 log-probabilities, their gradient and
+            the logits'), of LOGITS_PER_CHUNK logits at most;
+        in the first layer that goes backward: b (2 F + D), gradients inside its FFN, and that of its
+            largest weight; with checkpointing also the layer, computed again.
     """
 
-    layers: int
-    head: int
-    coefficients: int
+    kept: int
+    passing: int
 
     @property
     def total(self) -> int:
         """Bytes."""
-        return self.layers + self.head + self.coefficients
+        return self.kept + self.passing
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to run it, and what one GPU holds then, in bytes."""
+    """One way to run it, and what one GPU holds then, in bytes.
+
+    The most is held either in the backward pass (buffers and activations) or in the update.
+    """
 
     zero_stage: int
     offload: str
     activation_checkpointing: bool
     micro_batch: int
     state: int
+    """Weights, gradients, optimizer."""
     buffers: int
+    """DeepSpeed's bucket of gradients; under ZeRO-3 weights gathered from other GPUs."""
     activations: int
+    update: int
+    """Copies that the optimizer's step makes of its gradients."""
 
     @property
     def total(self) -> int:
         """Bytes on one GPU."""
-        return self.state + self.buffers + self.activations
+        return self.state + max(self.buffers + self.activations, self.update)
 
 
 def model_config(job: Job) -> PretrainedConfig:
@@ -150,20 +165,19 @@ def activations(
     precision: str,
     tokens: int,
     checkpointing: bool = False,
-    documents: int | None = None,
 ) -> Activations:
     """Of one micro batch of `tokens` tokens of the dense `model` (on any device) under `method`."""
     c, b = model.config, WEIGHT_BYTES[precision]
-    width = c.hidden_size
-    layer = _layer_bytes(model, method, b)
-    kept = c.num_hidden_layers * b * width + layer if checkpointing else c.num_hidden_layers * layer
-    last = (4 + 3 * b) * width  # the norm and what of it the head sees
-    chunks = -(-tokens * c.vocab_size // LOGITS_PER_CHUNK)
-    head = -(-tokens * c.vocab_size // chunks) * (8 if b == 4 else 10)
-    rows = 0
+    layer = tokens * _layer_bytes(model, method, b)
+    kept = c.num_hidden_layers * (tokens * b * c.hidden_size if checkpointing else layer)
     if isinstance(method, SparseInterpolation):
-        rows = (documents or -(-tokens // TOKENS_PER_DOCUMENT)) * gate_layout(model).size * 8
-    return Activations(tokens * (kept + last), head, rows)
+        kept += -(-tokens // TOKENS_PER_DOCUMENT) * gate_layout(model).size * 8
+    chunks = -(-tokens * c.vocab_size // LOGITS_PER_CHUNK)
+    head = tokens * (4 + 3 * b) * c.hidden_size + 12 * -(-tokens * c.vocab_size // chunks)
+    experts, times = (method.num_experts, method.top_k) if isinstance(method, Experts) else (1, 1)
+    backward = tokens * b * (2 * times * c.intermediate_size + c.hidden_size)
+    backward += 2 * experts * c.intermediate_size * c.hidden_size * b // (1 if experts > 1 else 2)
+    return Activations(kept, max(head, backward + (layer if checkpointing else 0)))
 
 
 def _layer_bytes(model: PreTrainedModel, method: object, b: int) -> int:
@@ -190,23 +204,43 @@ def settings(
     for stage, offload in product(range(4), ("none", "optimizer", "parameters")):
         if (offload == "optimizer" and stage == 0) or (offload == "parameters" and stage < 3):
             continue
-        state, buffers = _on_gpu(counts, job.precision, workers, stage, offload)
-        for checkpointing in (False, True):
-            yield Setting(stage, offload, checkpointing, micro_batch, state, buffers, kept[checkpointing])
+        # bfloat16 below ZeRO-2 runs as ZeRO-2 (raymoe.train.engine)
+        runs_as = max(stage, 2) if job.precision == "bfloat16" else stage
+        state = _state(counts, job.precision, workers, runs_as, offload)
+        buffers = _buffers(counts, job.precision, workers, runs_as)
+        update = _update(counts, job.precision, workers, runs_as) if offload == "none" else 0
+        for on in (False, True):
+            yield Setting(stage, offload, on, micro_batch, state, buffers, kept[on], update)
 
 
-def _on_gpu(counts: Counts, precision: str, workers: int, zero_stage: int, offload: str) -> tuple[int, int]:
-    """Bytes of state and of DeepSpeed's buffers; bfloat16 below ZeRO-2 runs as ZeRO-2 (raymoe.train.engine)."""
-    stage = max(zero_stage, 2) if precision == "bfloat16" else zero_stage
+def _state(counts: Counts, precision: str, workers: int, stage: int, offload: str) -> int:
+    """Weights, gradients and optimizer; with ZeRO, float32 has a second copy of the weights there too."""
     state = training_state(counts, precision, workers, stage)
+    if stage and precision == "float32":
+        state["optimizer"] += -(-counts.trained * WEIGHT_BYTES[precision] // workers)
     away = {"none": (), "optimizer": ("optimizer", "gradients")}.get(
         offload, ("optimizer", "gradients", "weights", "frozen")
     )
+    return sum(size for name, size in state.items() if name not in away)
+
+
+def _buffers(counts: Counts, precision: str, workers: int, stage: int) -> int:
+    """The bucket of gradients and, under ZeRO-3, its copy and weights that other workers keep."""
     weight = WEIGHT_BYTES[precision]
-    buffers = min(BUCKET, counts.trained) * weight if stage else 0
+    gathered = min(LIVE, counts.trained + counts.frozen) * weight if stage == 3 and workers > 1 else 0
+    # reduce_scatter copies a full bucket; one that takes all gradients is flushed when activations are gone
+    copied = BUCKET * weight if stage == 3 and counts.trained > BUCKET else 0
+    return (BUCKET * weight if stage else 0) + copied + gathered
+
+
+def _update(counts: Counts, precision: str, workers: int, stage: int) -> int:
+    """fp32 copies of gradients: flattened to be summed (ZeRO-0) or applied, scaled (ZeRO-3)."""
+    if stage == 0:
+        return min(BUCKET, counts.trained) * 4 if workers > 1 else 0
+    own = -(-counts.trained // workers)
     if stage == 3:
-        buffers += min(LIVE, counts.trained + counts.frozen) * weight
-    return sum(size for name, size in state.items() if name not in away), buffers
+        return min(LIVE, own) * 4
+    return own * 4 if precision == "float32" else 0
 
 
 def recommended(
@@ -216,7 +250,7 @@ def recommended(
 
     Communication (ZeRO-3) is taken to cost less than computing activations again, that less than offloading.
     """
-    share = job.optimization.batch_size // workers
+    share = math.ceil(job.optimization.batch_size / workers)
     sizes = [n for n in range(share, 0, -1) if share % n == 0]
     first = 2 if job.precision == "bfloat16" else (1 if workers > 1 else 0)
     fits = [
@@ -283,6 +317,12 @@ def peak(gpu: str, precision: str) -> float | None:
     return tera * 1e12 if tera else None
 
 
+def example_price(gpu: str, gpus: int) -> float | None:
+    """Dollars of one GPU for an hour, in the instance that has just `gpus` of them, else in the cheapest."""
+    some = [(n, dollars / n) for kind, n, dollars in INSTANCES.values() if kind == gpu]
+    return min((each for n, each in some if n == gpus), default=min((each for _, each in some), default=None))
+
+
 def _cost(
     gpu: str, job: Job, options: Options, flops: float, num_tokens: int | None
 ) -> dict[str, float | None]:
@@ -290,12 +330,68 @@ def _cost(
     flops_per_second = peak(gpu, job.precision)
     rate = options.mfu * options.gpus * flops_per_second / flops if flops_per_second else None
     hours = num_tokens / rate / 3600 if rate and num_tokens else None
-    price = options.price_per_gpu_hour
+    price = options.price_per_gpu_hour or example_price(gpu, options.gpus)
     return {
         "tokens_per_second": rate,
         "hours": hours,
         "price": hours * options.gpus * price if hours is not None and price is not None else None,
     }
+
+
+# ---- a sweep
+
+
+def plan_sweep(jobs: Mapping[str, Job], options: Options) -> dict[str, Any]:
+    """Every trial (name: run) on `options.gpu`, by default the one of cluster.yaml; hours and price of all together.
+
+    Trials that `execution.storage` has already cost nothing. Shared stages (data, clusters) are not in it.
+
+    Raises:
+        InputError: as `plan`.
+    """
+    gpu = options.gpu or INSTANCES[CLUSTER_INSTANCE][0]
+    rows = [_trial(name, job, replace(options, gpu=gpu)) for name, job in jobs.items()]
+    hours, price = ([row[key] for row in rows] for key in ("hours", "price"))
+    return {
+        "gpu": gpu,
+        "gpus": options.gpus,
+        "mfu": options.mfu,
+        "trials": rows,
+        "hours": None if None in hours else sum(hours),
+        "price": None if None in price else sum(price),
+        "prices": "given" if options.price_per_gpu_hour else "examples",
+    }
+
+
+def _trial(name: str, job: Job, options: Options) -> dict[str, Any]:
+    from raymoe import stages
+    from raymoe.store import Store
+
+    made = plan(job, options)
+    on = made["on"][0]
+    found = stages.training(job.run()).find(Store(job.execution.storage)) is not None
+    cost = {key: 0.0 if found else on[key] for key in ("hours", "price")}
+    return {"trial": name, "in_store": found, **made["parameters"], **cost, "recommended": on["recommended"]}
+
+
+def show_sweep(made: Mapping[str, Any]) -> None:
+    """Print the plan of a sweep for people."""
+    from raymoe.report import print_rows
+
+    title = f"on {made['gpus']} x {made['gpu']} each, at an assumed MFU of {made['mfu']:g}"
+    print_rows(title, [_trial_row(row) for row in made["trials"]])
+    if made["hours"] is None:
+        print("hours and price are unknown until the instructions are in the store, or with --tokens N")
+        return
+    money = f", {made['price']:,.2f}" if made["price"] is not None else ""
+    print(f"all trials: {made['hours']:,.2f} h{money} (prices: {made['prices']})")
+
+
+def _trial_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: f"{row[name]:,.2f}" if row[name] is not None else "unknown" for name in ("hours", "price")}
+    counts = {name: f"{row[name]:,}" for name in ("total", "active")}
+    setting = "in the store" if row["in_store"] else _flags(row["recommended"])
+    return {"trial": row["trial"], **counts, **known, "recommended": setting}
 
 
 # ---- all of it
@@ -327,6 +423,7 @@ def plan(job: Job, options: Options) -> dict[str, Any]:
         "tokens": num_tokens,
         "flops_per_token": flops,
         "mfu": options.mfu,
+        "prices": "given" if options.price_per_gpu_hour else "examples",
         "on": [
             _on(name, model, job, options, counts, _cost(name, job, options, flops, num_tokens))
             for name in names
@@ -349,7 +446,7 @@ def _on(
         "gpu": gpu,
         "memory": int(memory),
         **cost,
-        "instances": [name for name, (kind, n) in INSTANCES.items() if kind == gpu and n == options.gpus],
+        "instances": [name for name, (kind, n, _) in INSTANCES.items() if kind == gpu and n == options.gpus],
         "recommended": {**asdict(best), "total": best.total} if best else None,
         "why": _why(best, gpu),
     }
@@ -379,14 +476,14 @@ def _check(job: Job, options: Options) -> None:
         raise InputError(f"--gpu: unknown GPU {options.gpu!r}: choose from {', '.join(GPUS)}")
     if not (0 < options.mfu <= 1 and math.isfinite(options.mfu)):
         raise InputError(f"--mfu: expected a share in (0, 1] (got {options.mfu:g})")
-    if job.optimization.batch_size % options.gpus:
+    if job.optimization.batch_size % options.gpus and not isinstance(job.execution.workers, tuple):
         raise InputError(
             f"--gpus: {options.gpus} can't share optimization.batch_size {job.optimization.batch_size} evenly"
         )
 
 
 def parsed(texts: Mapping[str, Any], job: Job) -> Options:
-    """Options as they are typed; GPUs by default as many as `execution.workers`, else one.
+    """Options as they are typed; GPUs by default as many as `execution.workers` at most, else one.
 
     Raises:
         InputError: not a number, or one that can't be.
@@ -394,7 +491,7 @@ def parsed(texts: Mapping[str, Any], job: Job) -> Options:
     gpu = texts.get("gpu")
     return Options(
         gpu=gpu.lower() if gpu else None,
-        gpus=_whole("gpus", texts) or job.execution.workers or 1,
+        gpus=_whole("gpus", texts) or job.execution.most_workers or 1,
         mfu=_positive("mfu", texts) or Options.mfu,
         tokens=_whole("tokens", texts),
         price_per_gpu_hour=_positive("price_per_gpu_hour", texts),
@@ -435,6 +532,8 @@ def show(made: Mapping[str, Any]) -> None:
     print(f"steps: {made['steps'] or ''} ({made['steps_from']}), tokens: {made['tokens'] or 'unknown'}")
     print_rows(f"GB per GPU, estimated, {made['gpus']} GPUs", [_memory_row(s) for s in made["memory"]])
     print_rows(f"{made['gpus']} GPUs at an assumed MFU of {made['mfu']:g}", [_gpu_row(g) for g in made["on"]])
+    if made["prices"] == "examples":
+        print("prices: example dollars on AWS, on demand; --price-per-gpu-hour takes yours")
     for each in made["on"]:
         print(f"{each['gpu']}: {each['why']}")
 
@@ -444,20 +543,24 @@ def _memory_row(s: Mapping[str, Any]) -> dict[str, Any]:
         "ZeRO": s["zero_stage"],
         "offload": s["offload"],
         "checkpointing": "yes" if s["activation_checkpointing"] else "no",
-        **{name: f"{s[name] / 1e9:.2f}" for name in ("state", "buffers", "activations", "total")},
+        **{name: f"{s[name] / 1e9:.2f}" for name in ("state", "buffers", "activations", "update", "total")},
     }
 
 
 def _gpu_row(g: Mapping[str, Any]) -> dict[str, Any]:
-    best = g["recommended"]
-    setting = "does not fit"
-    if best:
-        setting = f"--zero-stage {best['zero_stage']} --micro-batch {best['micro_batch']}"
-        setting += f" --offload {best['offload']}" if best["offload"] != "none" else ""
-        setting += " --activation-checkpointing" if best["activation_checkpointing"] else ""
     cost = {
         name: f"{g[name]:,.{digits}f}" if g[name] is not None else "unknown"
         for name, digits in {"tokens_per_second": 0, "hours": 2}.items()
     }
-    price = {"price": f"{g['price']:,.2f}"} if g["price"] is not None else {}
+    price = {"price": f"{g['price']:,.2f}" if g["price"] is not None else "unknown"}
+    setting = _flags(g["recommended"])
     return {"GPU": g["gpu"], **cost, **price, "recommended": setting, "AWS": " ".join(g["instances"])}
+
+
+def _flags(best: Mapping[str, Any] | None) -> str:
+    """A setting as options of the command line."""
+    if best is None:
+        return "does not fit"
+    words = [f"--zero-stage {best['zero_stage']} --micro-batch {best['micro_batch']}"]
+    words += [f"--offload {best['offload']}"] if best["offload"] != "none" else []
+    return " ".join(words + ["--activation-checkpointing"] * best["activation_checkpointing"])

@@ -12,10 +12,12 @@ from ray import cloudpickle
 from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler
 
+from raymoe.lease import holder
 from raymoe.report import root_cause
+from raymoe.storage import Location, Remote
 from raymoe.store import Store
-from raymoe.tracking import metric_log, read_rows
-from raymoe.train.job import FIRST_STEPS, STOPPED_EARLY, TrainingFailed, stop_flag
+from raymoe.tracking import REMOTE_PAUSE, metric_log, read_rows
+from raymoe.train.job import FAILURE, FIRST_STEPS, STOPPED_EARLY, stop_flag
 
 SATURATED = 0.5
 """Share of SIMoE's gates that go to 0 or 1 in the first steps above which a person is warned."""
@@ -55,7 +57,8 @@ class TuneProgress(Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Say that a trial started."""
-        self._tell(trial, "started")
+        other = holder(self._store.checkpoints / trial.config["key"])
+        self._tell(trial, f"started; waits where {other} trains the same" if other else "started")
         self._start(trial.config["key"])
         if self._bars:
             self._bars.running.add(trial.config["key"])
@@ -75,19 +78,25 @@ class TuneProgress(Callback):  # type: ignore[misc]
                 "high for them to be learnt",
             )
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Say that a trial's driver died, and that Tune starts another."""
+        self._tell(
+            trial, f"its driver died ({root_cause(_error_of(trial))}); goes on from the last checkpoint"
+        )
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Say that a trial ended, and note it where its training did not reach the end."""
-        if self._store.at(self._store.root / trial.config["key"]) is None:
-            self.errors[trial.config["key"]] = STOPPED_EARLY
-        self._tell(trial, self.errors.get(trial.config["key"], "finished"))
+        """Say that a trial ended, and why if its training did not reach the end; the others go on."""
+        key = trial.config["key"]
+        if self._store.at(self._store.root / key) is None:
+            self.errors[key] = (trial.last_result or {}).get(FAILURE, STOPPED_EARLY)
+        error = self.errors.get(key, "")
+        self._tell(trial, error if error == STOPPED_EARLY else f"failed: {error}" if error else "finished")
         self._ended(trial)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Say why a trial failed; the others go on."""
-        error = _error_of(trial)
-        stopped = isinstance(getattr(error, "cause", error), TrainingFailed) and STOPPED_EARLY in str(error)
-        self.errors[trial.config["key"]] = STOPPED_EARLY if stopped else root_cause(error)
-        self._tell(trial, STOPPED_EARLY if stopped else f"failed: {self.errors[trial.config['key']]}")
+        """Say that a trial's driver has died too often."""
+        self.errors[trial.config["key"]] = root_cause(_error_of(trial))
+        self._tell(trial, f"failed: {self.errors[trial.config['key']]}")
         self._ended(trial)
 
     def _tell(self, trial: Any, text: str) -> None:
@@ -99,7 +108,7 @@ class TuneProgress(Callback):  # type: ignore[misc]
             self._bars.running.discard(trial.config["key"])
 
 
-def cooperative_asha(checkpoints: Path) -> ASHAScheduler:
+def cooperative_asha(checkpoints: Location) -> ASHAScheduler:
     """ASHA that asks a trial to end at its next milestone instead of ending its driver.
 
     A driver that is ended leaves its training workers behind, with all they hold, and the next trial waits for ever.
@@ -117,7 +126,7 @@ def cooperative_asha(checkpoints: Path) -> ASHAScheduler:
 
 
 class _Bars:
-    """One bar per running trial, read from its metric log twice a second."""
+    """One bar per running trial, read from its metric log twice a second, from an object every few seconds."""
 
     def __init__(self, names: Mapping[str, str], store: Store) -> None:
         from rich.console import Console
@@ -147,14 +156,15 @@ class _Bars:
         self._progress.stop()
 
     def _work(self) -> None:
-        while not self._stop.wait(0.5):
+        pause = REMOTE_PAUSE if isinstance(self._store.root, Remote) else 0.5
+        while not self._stop.wait(pause):
             for key in list(self.running):
                 self._update(key)
             for key in set(self._tasks) - self.running:
                 self._progress.remove_task(self._tasks.pop(key))
 
     def _update(self, key: str) -> None:
-        rows = read_rows(metric_log(self._store.root / "checkpoints", key))
+        rows = read_rows(metric_log(self._store.checkpoints, key))
         metrics: dict[str, float] = next(
             (r["metrics"] for r in rows[::-1] if "train/loss" in r["metrics"]), {}
         )

@@ -11,7 +11,9 @@ heavy is imported before, so that planning a hundred trials takes a moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,6 +34,7 @@ from raymoe.config import (
     SparseInterpolation,
     TaskRepresentations,
 )
+from raymoe.storage import Location, local, writing
 from raymoe.store import Output, Store, digest
 
 REVISIONS = {
@@ -55,9 +58,12 @@ class Stage:
     name: str
     identity: Mapping[str, Any]
     needs: tuple[Stage, ...]
-    build: Callable[[Path, Context], Mapping[str, Any]]
+    build: Callable[[Any, Context], Mapping[str, Any]]
+    """Writes to a location: a folder, or an address if the store is at one."""
     run: Run
     """The run that asked for it; of shared stages the first."""
+    trains: str | None = None
+    """Of what trains: the name under which its checkpoints are."""
 
     @property
     def key(self) -> str:
@@ -68,8 +74,8 @@ class Stage:
         """Its finished output, or None."""
         return store.find(self.name, self.identity)
 
-    def path(self, store: Store) -> Path:
-        """Where its output is, or will be."""
+    def path(self, store: Store) -> Location:
+        """Where its output is; raises LookupError if it is not there yet and that can't be known before."""
         return store.path(self.name, self.identity)
 
 
@@ -80,6 +86,8 @@ class Context:
     store: Store
     execution: Execution
     say: Callable[[str], None] = print
+    lease: str | None = None
+    """Of the training that is being done: its id (raymoe.lease)."""
 
 
 def make(stage: Stage, context: Context) -> Output:
@@ -88,10 +96,31 @@ def make(stage: Stage, context: Context) -> Output:
         return found
     for need in stage.needs:
         make(need, context)
-    context.say(f"{stage.key}: started")
-    output = context.store.make(stage.name, stage.identity, lambda folder: stage.build(folder, context))
+    with _alone(stage, context) as alone:
+        if found := stage.find(context.store) if stage.trains else None:  # made by whom we waited for
+            return found
+        context.say(f"{stage.key}: started")
+        with redirect_stdout(sys.stderr):  # what libraries print is no result
+            output = context.store.make(stage.name, stage.identity, lambda out: stage.build(out, alone))
     context.say(f"{stage.key}: done in {output.marker['seconds']:.0f} s{_summary(output.info)}")
     return output
+
+
+@contextmanager
+def _alone(stage: Stage, context: Context) -> Iterator[Context]:
+    """Within the block nobody else trains the same run: its checkpoints have one writer."""
+    if stage.trains is None:
+        yield context
+        return
+    from raymoe.lease import held
+
+    def say(text: str) -> None:
+        context.say(f"{stage.key}: {text}")
+
+    with held(
+        context.store.checkpoints / stage.trains, lambda: stage.find(context.store) is not None, say
+    ) as lease:
+        yield replace(context, lease=lease)
 
 
 WITHOUT_RAY = ("corpus", "initial", "instructions")
@@ -152,7 +181,7 @@ def training(run: Run) -> Stage:
         **({"prompts": router_inputs.identity} if router_inputs else {}),
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.cluster import uses_gpu
         from raymoe.train.job import TrainJob
         from raymoe.train.launch import fit
@@ -164,14 +193,14 @@ def training(run: Run) -> Stage:
             dense=dense.path(context.store),
             recipe=recipe.path(context.store) if recipe else None,
             data=data.path(context.store),
-            out=folder,
+            out=out,
             prompts=router_inputs.path(context.store) if router_inputs else None,
             log_every=10 if uses_gpu(context.execution) else 1,
         )
-        return fit(job, name=stage.key, storage=context.store.root / "checkpoints")
+        return fit(job, name=name, storage=context.store.checkpoints, lease=context.lease)
 
-    stage = Stage("train", identity, _needs(dense, data, recipe, router_inputs), build, run)
-    return stage
+    name = f"train-{digest(identity)}"
+    return Stage("train", identity, _needs(dense, data, recipe, router_inputs), build, run, trains=name)
 
 
 def perplexity(run: Run) -> Stage:
@@ -184,11 +213,11 @@ def perplexity(run: Run) -> Stage:
         "precision": run.precision,
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.data.perplexity import score_all
 
         return score_all(
-            data.path(context.store) / "train", dense.path(context.store), folder, **_forward(context, run)
+            data.path(context.store) / "train", dense.path(context.store), out, **_forward(context, run)
         )
 
     return Stage("perplexity", identity, _needs(dense, data), build, run)
@@ -210,13 +239,13 @@ def representations(run: Run) -> Stage:
         "seed": run.seed,
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.data.representations import extract_all
 
         return extract_all(
             data.path(context.store) / "train",
             dense.path(context.store),
-            folder,
+            out,
             method,
             scores=scores.path(context.store) / "scores.parquet" if scores else None,
             seed=run.seed,
@@ -243,13 +272,13 @@ def prompts(run: Run) -> Stage:
         "precision": run.precision,
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.data.prompts import represent_all
 
         return represent_all(
             data.path(context.store),
             dense.path(context.store),
-            folder,
+            out,
             kind=kind,
             **_forward(context, run),
         )
@@ -268,11 +297,12 @@ def clusters(run: Run) -> Stage:
         "seed": run.seed,
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.data.clusters import cluster
 
-        result = cluster(source.path(context.store), method, seed=run.seed)
-        result.save(folder)
+        result = cluster(local(source.path(context.store)), method, seed=run.seed)
+        with writing(out) as folder:
+            result.save(folder)
         return result.measurements()
 
     return Stage("clusters", identity, (source,), build, run)
@@ -303,7 +333,7 @@ class DenseModel:
     model: Model
     stage: Stage | None = None
 
-    def path(self, store: Store) -> Path:
+    def path(self, store: Store) -> Location:
         """Its Hugging Face folder; downloads a hub's model that is not in the cache yet."""
         if self.stage:
             folder = self.stage.path(store)
@@ -350,8 +380,9 @@ def _dense(run: Run) -> DenseModel:
 def _corpus(run: Run) -> Stage:
     from raymoe.data import local_corpus
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
-        return local_corpus.write(folder)
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
+        with writing(out) as folder:
+            return local_corpus.write(folder)
 
     return Stage("corpus", {**_head("corpus"), **_corpus_identity()}, (), build, run)
 
@@ -376,10 +407,12 @@ def _initial(run: Run) -> Stage:
         "seed": run.seed,
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.models.seed import write_initial
 
-        write_initial(folder, corpus.path(context.store) / "seed", shape, run.data.max_length, run.seed)
+        texts = local(corpus.path(context.store) / "seed")
+        with writing(out) as folder:
+            write_initial(folder, texts, shape, run.data.max_length, run.seed)
         return {}
 
     return Stage("initial", identity, (corpus,), build, run)
@@ -400,16 +433,17 @@ def _instructions(run: Run) -> Stage:
         "seed": run.seed if data.max_examples else None,  # it draws the sample and nothing else
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.data.instructions import prepare
 
-        return prepare(
-            data,
-            tokenizer.path(context.store),
-            folder,
-            corpus=corpus.path(context.store) / part if corpus else None,
-            seed=run.seed,
-        )
+        with writing(out) as folder:
+            return prepare(
+                data,
+                local(tokenizer.path(context.store)),
+                folder,
+                corpus=local(corpus.path(context.store) / part) if corpus else None,
+                seed=run.seed,
+            )
 
     return Stage("instructions", identity, _needs(tokenizer, corpus), build, run)
 
@@ -427,20 +461,21 @@ def _upcycle(run: Run, dense: DenseModel, data: Stage) -> Stage | None:
         "seed": run.seed,
     }
 
-    def build(folder: Path, context: Context) -> Mapping[str, Any]:
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
         from raymoe.models.seed import dimensions
         from raymoe.upcycle import router, write_recipe
 
         model = dense.path(context.store)
-        layers, width = dimensions(model)
+        layers, width = dimensions(local(model))
         rows = router(
             method,
             num_layers=layers,
             width=width,
-            clusters=source.path(context.store) if source else None,
+            clusters=local(source.path(context.store)) if source else None,
             seed=run.seed,
         )
-        write_recipe(folder, str(model), method, rows, run.seed)
+        with writing(out) as folder:
+            write_recipe(folder, str(model), method, rows, run.seed)
         return {"layers": layers, "width": width, "experts": method.num_experts}
 
     return Stage("upcycle", identity, _needs(dense, source), build, run)

@@ -1,8 +1,9 @@
 """The store: one folder per stage output, named `<stage>-<hash of what made it>`, written once.
 
-A stage writes into a hidden partial folder; its marker `stage.json` is written last and the folder is then
-renamed into place. So a killed stage leaves nothing that looks finished, a stage that is there is never made
-again, and of two writers of the same stage one wins and the other uses its output.
+On a disk a stage writes into a hidden partial folder; its marker `stage.json` is written last and the folder is
+then renamed into place. At an address (S3) nothing can be renamed: every writer has a folder of its own below the
+stage's, and the marker, which names one of them, is written last. Either way a killed stage leaves nothing that
+looks finished, a stage that is there is never made again, and of two writers one wins and both can go on.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -24,11 +23,23 @@ from pathlib import Path
 from typing import Any
 
 from raymoe.config import InputError
+from raymoe.storage import (
+    HOST,
+    Location,
+    Remote,
+    StorageError,
+    check_reachable,
+    delete,
+    local,
+    location,
+    padded,
+    read_file,
+    runs,
+)
 
 MARKER = "stage.json"
-
-
-_HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
+ABANDONED = 24 * 3600.0
+"""Seconds after which what an unknown writer left at an address is removed."""
 
 
 def digest(identity: Any) -> str:
@@ -49,10 +60,15 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Output:
-    """A finished stage: its folder and what its marker says (identity, info, seconds, versions)."""
+    """A finished stage: where it is and what its marker says (identity, info, seconds, versions)."""
 
-    path: Path
+    location: Location
     marker: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Its folder on this machine, which is downloaded if it is not there."""
+        return local(self.location)
 
     @property
     def info(self) -> Mapping[str, Any]:
@@ -61,82 +77,102 @@ class Output:
 
 
 class Store:
-    """Stage outputs below one root folder, on a disk that every node of the cluster sees."""
+    """Stage outputs below one root: a folder on a disk that every node of the cluster sees, or an address."""
 
-    def __init__(self, root: str | Path) -> None:
-        """Raises InputError where `root` is an address, which would become a folder of that name."""
-        if "://" in str(root):
-            raise InputError(f"execution.storage: only folders are supported (got {str(root)!r})")
-        self.root = Path(root).expanduser().absolute()
+    def __init__(self, root: str | Path | Remote) -> None:
+        """Raises InputError where `root` is an address that can't be used, or without an answer."""
+        try:
+            self.root = location(root)
+            if isinstance(self.root, Remote):
+                check_reachable(self.root)
+        except InputError as error:
+            raise InputError(f"execution.storage: {error}") from None
+
+    @property
+    def checkpoints(self) -> Location:
+        """Where runs are while they train."""
+        return self.root / "checkpoints"
 
     def check_writable(self) -> None:
         """Raises InputError where nothing can be written below the root."""
         probe = self.root / f".probe-{uuid.uuid4().hex}"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            if isinstance(self.root, Path):
+                self.root.mkdir(parents=True, exist_ok=True)
             probe.write_bytes(b"\0" * 4096)
             probe.unlink()
         except OSError as error:
-            raise InputError(f"execution.storage: can't write to {self.root}: {error.strerror}") from None
+            reason = error.strerror or str(error)
+            raise InputError(f"execution.storage: can't write to {self.root}: {reason}") from None
 
-    def path(self, stage: str, identity: Mapping[str, Any]) -> Path:
-        """Where the output of `stage` made from `identity` is, or will be."""
+    def place(self, stage: str, identity: Mapping[str, Any]) -> Location:
+        """Where the marker of `stage` made from `identity` is, or will be."""
         return self.root / f"{stage}-{digest(identity)}"
+
+    def path(self, stage: str, identity: Mapping[str, Any]) -> Location:
+        """Where the output of `stage` made from `identity` is; on a disk also where it will be.
+
+        Raises:
+            LookupError: at an address, it is not there yet.
+        """
+        if isinstance(place := self.place(stage, identity), Path):
+            return place
+        if found := self.at(place):
+            return found.location
+        raise LookupError(f"{place}: not in the store")
 
     def find(self, stage: str, identity: Mapping[str, Any]) -> Output | None:
         """The finished output, or None."""
-        return self.at(self.path(stage, identity))
+        return self.at(self.place(stage, identity))
 
-    def at(self, path: Path) -> Output | None:
-        """The finished output in the folder `path`, or None."""
-        marker = path / MARKER
-        return Output(path, json.loads(marker.read_text())) if marker.is_file() else None
+    def at(self, place: Location) -> Output | None:
+        """The finished output whose marker is in `place`, or None."""
+        text = read_file(place / MARKER)
+        if text is None:
+            return None
+        marker = json.loads(text)
+        return Output(place / marker["folder"] if "folder" in marker else place, marker)
 
     def make(
-        self, stage: str, identity: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]]
+        self, stage: str, identity: Mapping[str, Any], build: Callable[[Any], Mapping[str, Any]]
     ) -> Output:
         """The finished output, made by `build` if it is not there yet.
 
-        `build` gets an empty folder to write into and returns the stage's info (JSON values).
+        `build` gets an empty location to write into, a folder if the store is one, and returns the stage's info
+        (JSON values).
         """
-        final = self.path(stage, identity)
+        final = self.place(stage, identity)
         if found := self.at(final):
             return found
+
+        def described(info: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+            said = {"stage": stage, "identity": identity, "info": info, "seconds": seconds}
+            return {**said, "versions": versions()}
+
+        if isinstance(final, Path):
+            self._make_folder(final, build, described)
+        else:
+            _make_remote(self, final, build, described)
+        return self.at(final) or _vanished(final)
+
+    def _make_folder(self, final: Path, build: Callable[[Any], Mapping[str, Any]], described: Any) -> None:
         self._remove_abandoned(final.name)
-        partial = self.root / f".partial-{final.name}-{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        partial = final.parent / f".partial-{final.name}-{HOST}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         partial.mkdir(parents=True)
         started = time.time()
         try:
-            info = build(partial)
-            seconds = time.time() - started
-            marker = {
-                "stage": stage,
-                "identity": identity,
-                "info": info,
-                "seconds": seconds,
-                "versions": versions(),
-            }
+            marker = described(build(partial), time.time() - started)
             (partial / MARKER).write_text(json.dumps(marker, indent=1))
             _publish(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        return self.at(final) or _vanished(final)
 
     def _remove_abandoned(self, name: str) -> None:
         """Remove what killed processes of this host left of the stage `name`."""
-        for partial in self.root.glob(f".partial-{name}-{_HOST}-*"):
-            if not _runs(int(partial.name.split("-")[-2])):
+        assert isinstance(self.root, Path)
+        for partial in self.root.glob(f".partial-{name}-{HOST}-*"):
+            if not runs(int(partial.name.split("-")[-2])):
                 shutil.rmtree(partial, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -147,5 +183,41 @@ def _publish(partial: Path, final: Path) -> None:
             raise
 
 
-def _vanished(final: Path) -> Output:
+def _make_remote(
+    store: Store, final: Remote, build: Callable[[Any], Mapping[str, Any]], described: Any
+) -> None:
+    """Build below a folder of this writer's own, then let the marker name it, unless another's does by now.
+
+    Two that look at the same moment both write a marker: the later one counts, and both outputs are whole.
+    """
+    _remove_old(final)
+    mine = final / uuid.uuid4().hex[:12]
+    started = time.time()
+    try:
+        marker = described(build(mine), time.time() - started) | {"folder": mine.name}
+        text = padded(json.dumps(marker, indent=1))
+        lost = store.at(final) is not None
+    except BaseException:
+        delete(mine)
+        raise
+    if lost:
+        delete(mine)
+    else:
+        (final / MARKER).write_text(text)  # if that fails it may still have arrived: `mine` stays
+
+
+def _remove_old(final: Remote) -> None:
+    """Remove what writers that never finished left long ago below `final`."""
+    with contextlib.suppress(StorageError):  # not what was asked for: the next writer tries again
+        newest: dict[str, float] = {}
+        for found in final.objects(recursive=True):
+            below = found.path.removeprefix(final.path + "/").split("/")[0]
+            if found.is_file:
+                newest[below] = max(newest.get(below, 0.0), found.mtime.timestamp())
+        for name, written in newest.items():
+            if time.time() - written > ABANDONED:
+                delete(final / name)
+
+
+def _vanished(final: Location) -> Output:
     raise RuntimeError(f"{final} was removed while it was being published")

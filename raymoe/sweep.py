@@ -12,16 +12,20 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe import stages
+from raymoe.address import check as check_address
 from raymoe.config import Execution, InputError, Job, Run
+from raymoe.jobs import check_storage
 from raymoe.report import Row, print_table, root_cause, rows_as_json, to_json
+from raymoe.storage import ray_storage
 from raymoe.store import Store, digest
-from raymoe.train.job import STOPPED_EARLY
+from raymoe.train.job import FAILURE, STOPPED_EARLY
 
 if TYPE_CHECKING:
     from raymoe.tracking import Ledger
@@ -114,6 +118,7 @@ def execute(sweep: Sweep, job: Job, options: Options) -> int:
     if options.dry_run:
         _print_plan(sweep, trials, store, options)
         return 0
+    check_storage(job.execution.storage)
     store.check_writable()
     rows = _run_all(sweep, trials, job, store, options)
     _print_result(sweep, rows, options)
@@ -144,6 +149,7 @@ def load(file: Path) -> Sweep:
     if spec is None or spec.loader is None:
         raise InputError(f"{file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(file.parent.absolute()))  # as Python does: what lies beside it can be imported
     try:
         spec.loader.exec_module(module)
     except InputError:
@@ -164,14 +170,17 @@ def _run_all(sweep: Sweep, trials: Sequence[Trial], job: Job, store: Store, opti
     finished = [trial.key for trial in trials if trial.stage.find(store)]
     todo = [trial for trial in trials if trial.key not in finished]
     _say(f"{sweep.name}: {len(trials)} trials, {len(finished)} of them already in {store.root}")
+    if todo:
+        check_address(job.execution)
     stages.prepare([t.stage for t in todo], stages.Context(store, job.execution, _say))
     ledger = Ledger("raymoe")
     identity = digest([sweep.name, sorted(t.key for t in trials)])
     tags = {"sweep": sweep.name}
     if sweep.average_over:
         tags["average_over"] = sweep.average_over
-    ledger.sweep(f"{sweep.name}-{identity}", sweep.question, tags, _yaml(job))
-    book = _Book(ledger, sweep, {trial.key: trial for trial in trials}, store)
+    name = f"{sweep.name}-{identity}"
+    ledger.sweep(name, sweep.question, tags, _yaml(job))
+    book = _Book(ledger, sweep, {trial.key: trial for trial in trials}, store, name)
     try:
         for key in finished:
             book.ended(key, None)
@@ -180,15 +189,18 @@ def _run_all(sweep: Sweep, trials: Sequence[Trial], job: Job, store: Store, opti
     finally:
         for key in book.trials.keys() - book.rows.keys():  # interrupted
             book.ended(key, None)
-        ledger.close(_overall(book.rows.values()))
+        ledger.close(_overall(book.rows.values()), book.artifacts)
     return [book.rows[trial.key] for trial in trials]
 
 
 class _Book:
     """What became of every trial, kept here and in MLflow as it happens."""
 
-    def __init__(self, ledger: Ledger, sweep: Sweep, trials: Mapping[str, Trial], store: Store) -> None:
-        self.trials, self.rows = trials, dict[str, Row]()
+    def __init__(
+        self, ledger: Ledger, sweep: Sweep, trials: Mapping[str, Trial], store: Store, name: str
+    ) -> None:
+        self.name = name
+        self.trials, self.rows, self.artifacts = trials, dict[str, Row](), dict[str, str | bytes]()
         self._ledger, self._sweep, self._store, self._open = ledger, sweep, store, set[str]()
 
     def started(self, key: str) -> None:
@@ -214,17 +226,36 @@ def _compute(
     sweep: Sweep, todo: Sequence[Trial], execution: Execution, store: Store, options: Options, book: _Book
 ) -> None:
     """Make the shared stages, then train every trial in `todo`."""
-    from raymoe.cluster import connected, trial_workers
+    from raymoe.cluster import check_room, check_shared, connected, decided, trial_workers
 
-    context = stages.Context(store, execution, _say)
     with connected(execution):
-        for trial in todo:
-            trial_workers(execution, trial.run.optimization.batch_size)  # says at once if they never fit
-        errors = _shared_stages(todo, context)
-        for key, error in errors.items():
-            book.ended(key, error)
-        if able := [t for t in todo if t.key not in errors]:
-            _tune(sweep, able, execution, store, options, book)
+        check_shared(execution.storage)
+        for size in {trial.run.optimization.batch_size for trial in todo}:
+            check_room(trial_workers(execution, size))
+        execution = decided(execution)
+        context = stages.Context(store, execution, _say)
+        with _watched(todo, store, book):
+            errors = _shared_stages(todo, context)
+            for key, error in errors.items():
+                book.ended(key, error)
+            if able := [t for t in todo if t.key not in errors]:
+                _tune(sweep, able, execution, store, options, book)
+
+
+@contextmanager
+def _watched(todo: Sequence[Trial], store: Store, book: _Book) -> Iterator[None]:
+    """Keep the timeline of nodes and trials in the store, and give it to MLflow in the end."""
+    from raymoe.watch import Watch
+
+    def left() -> int:
+        return sum(trial.key not in book.rows for trial in todo)
+
+    watch = Watch(store.root / "sweeps" / book.name, left, len(todo), _say)
+    try:
+        with watch:
+            yield
+    finally:
+        book.artifacts |= watch.artifacts
 
 
 def _shared_stages(todo: Sequence[Trial], context: stages.Context) -> dict[str, str]:
@@ -269,7 +300,7 @@ def _tune(
         ),
         trial_driver_resources(),
     )
-    scheduler = cooperative_asha(store.root / "checkpoints") if options.asha else None
+    scheduler = cooperative_asha(store.checkpoints) if options.asha else None
     progress = TuneProgress(
         {t.key: t.name for t in todo}, sweep.metric, store, _say, book.started, book.ended
     )
@@ -284,7 +315,8 @@ def _tune(
         ),
         run_config=tune.RunConfig(
             name=f"{sweep.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage_path=str(store.root / "tune"),
+            **ray_storage(store.root / "tune"),
+            failure_config=tune.FailureConfig(max_failures=execution.max_failures),
             callbacks=[progress],
             verbose=0,
         ),
@@ -297,14 +329,26 @@ def _tune(
 
 def train_trial(
     config: Mapping[str, Any], payload: Mapping[str, Any], execution: Mapping[str, Any], root: str
-) -> None:
-    """A Tune trial: train the run under `config["key"]`, or find it finished."""
+) -> dict[str, str]:
+    """A Tune trial: train the run under `config["key"]`, or find it finished.
+
+    Returns why it failed, if it did: what is raised is tried again, as is right for processes and nodes that died.
+    """
+    from ray.exceptions import RayActorError
+
     from raymoe.train.launch import clean
 
     run = Run.model_validate(payload[config["key"]])
     context = stages.Context(Store(root), Execution.model_validate(execution))
-    output = stages.make(stages.training(run), context)
-    clean(output.path.name, context.store.root / "checkpoints")
+    stage = stages.training(run)
+    try:
+        stages.make(stage, context)
+    except RayActorError:
+        raise
+    except Exception as error:
+        return {FAILURE: STOPPED_EARLY if str(error) == STOPPED_EARLY else root_cause(error)}
+    clean(stage.key, context.store.checkpoints)
+    return {}
 
 
 def _open(ledger: Ledger, sweep: Sweep, trial: Trial, store: Store) -> None:
@@ -317,7 +361,7 @@ def _open(ledger: Ledger, sweep: Sweep, trial: Trial, store: Store) -> None:
         params=trial.point,
         tags={"sweep": sweep.name, "method": run.method.name, "base_model": run.model.name},
         config=_yaml(run),
-        metrics=metric_log(store.root / "checkpoints", trial.key),
+        metrics=metric_log(store.checkpoints, trial.key),
         data={
             "name": ", ".join(Path(source.name).name for source in run.data.sources("train")),
             "digest": next(n for n in trial.stage.needs if n.name == "instructions").key[-12:],
@@ -328,25 +372,27 @@ def _open(ledger: Ledger, sweep: Sweep, trial: Trial, store: Store) -> None:
 
 def _close(ledger: Ledger, trial: Trial, row: Row, store: Store) -> None:
     found = trial.stage.find(store)
+    clusters = [s.find(store) for s in stages.upstream([trial.stage]) if s.name == "clusters"]
     ledger.finish(
         trial.key,
         "KILLED" if row.status == "STOPPED" else row.status,
         found.info["evaluations"] if found else (),
         tags={"model": row.model, "error": row.error} if row.error else {"model": row.model},
-        metrics=found.path / "metrics.jsonl" if found else None,
+        metrics=found.location / "metrics.jsonl" if found else None,
         cost=found.info["cost"] if found else None,
         files=[
-            *(stage.path(store) / "clusters.json" for stage in stages.upstream([trial.stage])),
-            *([found.path / "masks.json"] if found else []),
+            *(made.location / "clusters.json" for made in clusters if made),
+            *([found.location / "masks.json"] if found else []),
         ],
-        figures=sorted((found.path / "figures").glob("*.png")) if found else (),
+        figures=sorted((found.location / "figures").glob("*.png"), key=str) if found else (),
     )
 
 
 def _row(trial: Trial, store: Store, error: str | None) -> Row:
     found = trial.stage.find(store)
     if found:
-        return Row(trial.name, trial.point, "FINISHED", found.info["evaluations"], str(found.path / "model"))
+        model = str(found.location / "model")
+        return Row(trial.name, trial.point, "FINISHED", found.info["evaluations"], model)
     evaluations = _evaluations(store, trial)
     if error == STOPPED_EARLY:
         return Row(trial.name, trial.point, "STOPPED", evaluations, "")
@@ -359,7 +405,7 @@ def _evaluations(store: Store, trial: Trial) -> list[dict[str, float]]:
     """What an unfinished trial measured so far."""
     from raymoe.tracking import metric_log, read_rows
 
-    rows = read_rows(metric_log(store.root / "checkpoints", trial.key))
+    rows = read_rows(metric_log(store.checkpoints, trial.key))
     return [{"step": row["step"], **row["metrics"]} for row in rows if "eval/loss" in row["metrics"]]
 
 
@@ -377,6 +423,8 @@ def _print_plan(sweep: Sweep, trials: Sequence[Trial], store: Store, options: Op
             state = "in the store" if stage.find(store) else "to do"
             print(f"  {state:<13} {stage.key:<30} {names.get(stage.key, '')}")
     print(f"\n{len(trials)} trials, {len(shared)} shared stages; store: {store.root}")
+    # Not here: that takes torch and the model's shape, seconds of imports.
+    print("memory, hours and money: `raymoe plan`, with --sweep FILE of all trials")
 
 
 def _plan(

@@ -14,17 +14,20 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from raymoe.config import InputError
 from raymoe.report import STRUCTURE, Row
+from raymoe.storage import Location, Remote, StorageError, local, read_file
 
 TRIAL_KEY = "raymoe.trial_key"
 SWEEP_KEY = "raymoe.sweep"
@@ -34,19 +37,31 @@ MARKS = ("eval/loss", "train/loss")
 """A row of metrics is an evaluation or a training step: the metric that tells, and that every such row has."""
 
 
-class MetricLog:
-    """Metrics of one training run, one JSON line per row, appended by worker 0."""
+REMOTE_PAUSE = 5.0
+"""Seconds between two looks at an object, and at least between two writes of it."""
 
-    def __init__(self, file: Path, resume_after: int | None = None) -> None:
+
+class MetricLog:
+    """Metrics of one training run, one JSON line per row, written by worker 0.
+
+    A file is appended to; an object can only be written anew, so that is done every few seconds, and by `flush`.
+    """
+
+    def __init__(self, file: Location, resume_after: int | None = None) -> None:
         """Open for appending; `resume_after`: forget rows of later steps, a resumed run writes them again."""
         self.file = file
-        file.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_rows(file) if resume_after is not None and r["step"] <= resume_after]
+        self._seen = {(row["step"], _mark(row["metrics"])) for row in kept}
+        self._lines = [json.dumps(row) + "\n" for row in kept]
+        self._unwritten, self._next = True, 0.0
+        if isinstance(file, Remote):
+            self.flush()
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
         # Replaced, not truncated: the reader sees another file and starts from its beginning.
         fresh = file.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        fresh.write_text("".join(self._lines))
         fresh.replace(file)
-        self._seen = {(row["step"], _mark(row["metrics"])) for row in kept}
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a row, unless the step's row of the same kind is there already."""
@@ -54,21 +69,38 @@ class MetricLog:
         if key in self._seen:
             return
         self._seen.add(key)
-        row = {"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}
-        with self.file.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+        line = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}) + "\n"
+        if isinstance(self.file, Path):
+            with self.file.open("a") as stream:
+                stream.write(line)
+            return
+        self._lines.append(line)
+        self._unwritten = True
+        if time.monotonic() > self._next:
+            with contextlib.suppress(StorageError):  # no reason to end training: `flush` tries again
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is not there yet; raises StorageError."""
+        if isinstance(self.file, Path) or not self._unwritten:
+            return
+        started = time.monotonic()
+        try:
+            self.file.write_text("".join(self._lines))
+            self._unwritten = False
+        finally:  # long logs and slow storage take at most a twentieth of the training's time
+            self._next = time.monotonic() + max(REMOTE_PAUSE, 20 * (time.monotonic() - started))
 
 
-def metric_log(checkpoints: Path, name: str) -> Path:
+def metric_log(checkpoints: Location, name: str) -> Location:
     """Where the metrics of the run `name` are while it trains."""
     return checkpoints / name / "metrics.jsonl"
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Location) -> list[dict[str, Any]]:
     """All whole rows of a metric log; none if there is no such file."""
-    if not file.is_file():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    text = (read_file(file) or b"").decode()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def default_uri() -> str:
@@ -95,11 +127,15 @@ def _say(text: str) -> None:
 @dataclass
 class _Trial:
     run_id: str
-    file: Path | None
+    file: Location | None
     offset: int = 0
     tail: bytes = b""
     """The line that ends at `offset`; where it does not, the file was replaced."""
     last: dict[str, int] = field(default_factory=dict)
+    looked: float = 0.0
+    """When its log was last looked at, if that is an object."""
+    version: tuple[float, int] = (0.0, 0)
+    """Of the object, as it was read."""
 
 
 class Ledger:
@@ -128,7 +164,7 @@ class Ledger:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         config: str,
-        metrics: Path | None,
+        metrics: Location | None,
         data: Mapping[str, str] | None = None,
     ) -> None:
         """Open the run of the trial `key`, or the one that it has already, and follow its metric log."""
@@ -142,10 +178,10 @@ class Ledger:
         status: str,
         evaluations: Iterable[Mapping[str, float]] = (),
         tags: Mapping[str, str] | None = None,
-        metrics: Path | None = None,
-        files: Iterable[Path] = (),
+        metrics: Location | None = None,
+        files: Iterable[Location] = (),
         cost: Mapping[str, float] | None = None,
-        figures: Iterable[Path] = (),
+        figures: Iterable[Location] = (),
     ) -> None:
         """End a trial's run (FINISHED, FAILED or KILLED) after its last metrics.
 
@@ -157,9 +193,14 @@ class Ledger:
         more, artifacts = dict(tags or {}), [(f, folder) for f, folder in given if f.is_file()]
         self._later(lambda: self._finish(key, status, summary, more, metrics, artifacts))
 
-    def close(self, status: str, text: Mapping[str, str] | None = None, timeout: float = 120.0) -> bool:
-        """End the sweep's run, wait until all is sent and stop; False if MLflow did not answer in time."""
-        files = dict(text or {})
+    def close(
+        self, status: str, artifacts: Mapping[str, str | bytes] | None = None, timeout: float = 120.0
+    ) -> bool:
+        """End the sweep's run, wait until all is sent and stop; False if MLflow did not answer in time.
+
+        `artifacts` are the contents of files, by their names.
+        """
+        files = dict(artifacts or {})
         self._later(lambda: self._close(status, files))
         self._closing.set()
         self._wake.set()
@@ -196,10 +237,23 @@ class Ledger:
 
     def _send(self) -> None:
         while self._queue:
-            self._queue[0]()
+            self._unless_refused(self._queue[0])
             self._queue.popleft()
         for trial in self._trials.values():
-            self._follow(trial)
+            if not self._unless_refused(partial(self._follow, trial)):
+                trial.file = None
+
+    def _unless_refused(self, call: Callable[[], None]) -> bool:
+        """Whether MLflow took it; what it will never take is told and left out, so that the rest gets through."""
+        try:
+            call()
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            why = _first_line(error, self.uri)
+            self._say(f"MLflow at {self._shown_uri} refuses something, which is left out: {why}")
+            return False
+        return True
 
     @property
     def _client(self) -> Any:
@@ -243,7 +297,7 @@ class Ledger:
         params: dict[str, Any],
         tags: dict[str, str],
         config: str,
-        metrics: Path | None,
+        metrics: Location | None,
         data: Mapping[str, str],
     ) -> None:
         found = self._find(TRIAL_KEY, key, self._parent)
@@ -282,8 +336,11 @@ class Ledger:
     def _last_step(self, run_id: str, metric: str) -> int:
         return max((m.step for m in self._client.get_metric_history(run_id, metric)), default=-1)
 
-    def _follow(self, trial: _Trial) -> None:
-        """Send the rows that the trial's log got since the last look."""
+    def _follow(self, trial: _Trial, last: bool = False) -> None:
+        """Send the rows that the trial's log got since the last look; `last`: look at an object at once."""
+        if isinstance(trial.file, Remote):
+            self._follow_object(trial, trial.file, last)
+            return
         if trial.file is None or not trial.file.is_file():
             return
         with trial.file.open("rb") as stream:
@@ -292,6 +349,22 @@ class Ledger:
             offset = trial.offset if stream.read(trial.offset - start) == trial.tail else 0
             stream.seek(offset)
             lines = stream.read().splitlines(keepends=True)
+        self._log_lines(trial, lines, offset)
+
+    def _follow_object(self, trial: _Trial, file: Remote, last: bool) -> None:
+        if not last and time.monotonic() - trial.looked < REMOTE_PAUSE:
+            return
+        trial.looked = time.monotonic()
+        if (version := file.modified()) == trial.version and not last:
+            return
+        content = read_file(file) or b""
+        start = max(0, trial.offset - len(trial.tail))
+        offset = trial.offset if content[start : trial.offset] == trial.tail else 0
+        self._log_lines(trial, content[offset:].splitlines(keepends=True), offset)
+        trial.version = version
+
+    def _log_lines(self, trial: _Trial, lines: Iterable[bytes], offset: int) -> None:
+        """Send the whole `lines` of the trial's log, which begin at `offset`."""
         whole = [line for line in lines if line.endswith(b"\n")]
         self._log_rows(trial, [json.loads(line) for line in whole])
         trial.offset = offset + sum(map(len, whole))
@@ -320,13 +393,15 @@ class Ledger:
         status: str,
         summary: Mapping[str, float],
         tags: dict[str, str],
-        metrics: Path | None,
-        artifacts: list[tuple[Path, str | None]],
+        metrics: Location | None,
+        artifacts: list[tuple[Location, str | None]],
     ) -> None:
-        trial = self._trials[key]
+        trial = self._trials.get(key)
+        if trial is None:  # MLflow refused to open it
+            return
         if metrics is not None and metrics != trial.file:
             trial.file, trial.offset, trial.tail = metrics, 0, b""
-        self._follow(trial)
+        self._follow(trial, last=True)
         from mlflow.entities import Metric, RunTag
 
         now = int(time.time() * 1000)
@@ -336,20 +411,31 @@ class Ledger:
         labels = [RunTag(k, str(v)[:5000]) for k, v in tags.items()]
         self._client.log_batch(trial.run_id, metrics=fresh, tags=labels)
         for file, folder in artifacts:
-            self._client.log_artifact(trial.run_id, str(file), folder)
+            self._client.log_artifact(trial.run_id, str(local(file)), folder)
         if run.info.status != status:
             self._client.set_terminated(trial.run_id, status)
         del self._trials[key]
 
-    def _close(self, status: str, text: Mapping[str, str]) -> None:
+    def _close(self, status: str, artifacts: Mapping[str, str | bytes]) -> None:
         for trial in self._trials.values():
-            self._follow(trial)
-            self._client.set_terminated(trial.run_id, "KILLED")
+            self._unless_refused(partial(self._kill, trial))
         self._trials.clear()
         if self._parent:
-            for name, content in text.items():
-                self._client.log_text(self._parent, content, name)
+            for name, content in artifacts.items():
+                self._log_content(self._parent, name, content)
             self._client.set_terminated(self._parent, status)
+
+    def _kill(self, trial: _Trial) -> None:
+        self._follow(trial, last=True)
+        self._client.set_terminated(trial.run_id, "KILLED")
+
+    def _log_content(self, run_id: str, name: str, content: str | bytes) -> None:
+        if isinstance(content, str):
+            self._client.log_text(run_id, content, name)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            (file := Path(folder) / name).write_bytes(content)
+            self._client.log_artifact(run_id, str(file))
 
 
 @dataclass(frozen=True)
@@ -475,10 +561,20 @@ def _connect(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for results
     with _quiet():
         from mlflow import MlflowClient
 
         return MlflowClient(uri)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether asking again is no use. Missing rights may be given, and a server that is busy gets quiet."""
+    from mlflow.exceptions import MlflowException
+
+    if not isinstance(error, MlflowException):
+        return False
+    return error.get_http_status_code() in (400, 404, 409, 413)
 
 
 def _first_line(error: Exception, uri: str) -> str:

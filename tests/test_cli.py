@@ -169,7 +169,10 @@ def test_mistakes_in_the_configuration_come_together(
         ("train --model.name ./none", "model.name: "),
         ("sweep none.py", "none.py: no such sweep file"),
         ("upcycle --materialize run.yaml", "--materialize: run.yaml exists already"),
-        ("train --storage s3://runs", "execution.storage: only folders are supported"),
+        (
+            "train --storage ftp://runs",
+            "execution.storage: expected a folder, s3://bucket/prefix, gs://bucket/prefix",
+        ),
     ],
 )
 def test_mistakes(line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

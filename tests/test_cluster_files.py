@@ -293,7 +293,8 @@ class TestRayJob:
         groups = [spec()["headGroupSpec"], *spec()["workerGroupSpecs"]]
         for group in groups:
             assert container(group)["image"] == f"EDIT-REGISTRY/raymoe:{raymoe.__version__}"
-            assert {item["name"]: item["value"] for item in container(group)["env"]} == ENVIRONMENT
+            given = {item["name"]: item["value"] for item in container(group)["env"]}
+            assert given == {**ENVIRONMENT, "RAY_worker_maximum_startup_concurrency": "8"}
             assert {"name": "shared", "mountPath": "/shared"} in container(group)["volumeMounts"]
             names = {volume["name"] for volume in group["template"]["spec"]["volumes"]}
             assert names == {mount["name"] for mount in container(group)["volumeMounts"]}

@@ -1,13 +1,16 @@
-"""The planner: counts against instantiated models, memory and hours against formulas."""
+"""The planner: counts against instantiated models, memory against what training allocates, hours against formulas."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plan_memory
 import pytest
 import torch
+import yaml
 from conftest import FAMILIES, pico_model
 
 from raymoe.analysis.size import count, on_meta
@@ -15,8 +18,19 @@ from raymoe.cli import main
 from raymoe.config import Experts, InputError, Job, SparseInterpolation
 from raymoe.models.moe import upcycle_model
 from raymoe.models.simoe import Gates, PromptRouter, interpolate
-from raymoe.plan import Options, model_config, plan, recommended
+from raymoe.plan import (
+    CLUSTER_INSTANCE,
+    INSTANCES,
+    Options,
+    activations,
+    model_config,
+    parsed,
+    plan,
+    plan_sweep,
+    recommended,
+)
 
+ROOT = Path(__file__).parent.parent
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"name": "dense"},
     "su": {"name": "su", "num_experts": 4, "top_k": 2},
@@ -43,7 +57,7 @@ PAPERS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256,
     },
 }  # fmt: skip
-KNOWN = {  # parameters, written down before they were counted here; not looked up
+KNOWN = {  # parameters, as the models' publishers give them
     "danube2-1.8b": 1_831_201_280,
     "llama-2-7b": 6_738_415_616,
     "llama-3.2-3b": 3_212_749_824,
@@ -88,6 +102,17 @@ def test_the_papers_models_have_their_known_sizes(name: str, tmp_path: Path) -> 
     assert on_meta(config).num_parameters() == KNOWN[name]
 
 
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_known_sizes_are_the_sum_of_the_shapes(name: str) -> None:
+    c = PAPERS[name]
+    width, heads = c["hidden_size"], c["num_attention_heads"]
+    head = c.get("head_dim", width // heads)
+    attention = 2 * width * head * (heads + c["num_key_value_heads"])  # query and output; key and value
+    layer = attention + 3 * width * c["intermediate_size"] + 2 * width  # gate, up, down; two norms
+    embeddings = c["vocab_size"] * width * (1 if c.get("tie_word_embeddings") else 2)
+    assert embeddings + c["num_hidden_layers"] * layer + width == KNOWN[name]
+
+
 def test_flops_are_six_per_parameter_and_attention(tmp_path: Path) -> None:
     made = plan(job(write_shape(tmp_path, "llama-2-7b"), data={"max_length": 2048}), Options(tokens=10**9))
     parameters = KNOWN["llama-2-7b"] - 32_000 * 4096
@@ -96,7 +121,11 @@ def test_flops_are_six_per_parameter_and_attention(tmp_path: Path) -> None:
 
 def test_hours_and_price_are_flops_over_peak(tmp_path: Path) -> None:
     options = Options("a100-80gb", gpus=8, mfu=0.4, tokens=10**9, price_per_gpu_hour=2.5)
-    settings = {"precision": "bfloat16", "data": {"max_length": 1000}, "optimization": {"batch_size": 8}}
+    settings: dict[str, Any] = {
+        "precision": "bfloat16",
+        "data": {"max_length": 1000},
+        "optimization": {"batch_size": 8},
+    }
     made = plan(job(write_shape(tmp_path, "llama-2-7b"), **settings), options)
     hours = made["flops_per_token"] * 1e9 / (8 * 312e12 * 0.4) / 3600
     assert made["steps"] == 125_000
@@ -119,8 +148,31 @@ def test_memory_of_the_stages_is_their_state(tmp_path: Path) -> None:
     assert (0, "optimizer") not in state and (2, "parameters") not in state
 
 
+@pytest.mark.slow
+def test_memory_is_what_training_allocates(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": plan_memory.free_port()}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for case, measured in plan_memory.measured(plan_memory.FEW).items():
+        estimate = plan_memory.estimated(case)
+        print(plan_memory.row(case, estimate, measured))
+        assert estimate == pytest.approx(measured, rel=0.15), case.name
+
+
+def test_checkpointing_keeps_inputs_and_one_layer(tmp_path: Path) -> None:
+    model = on_meta(model_config(job(write_shape(tmp_path, "llama-2-7b"))))
+    method = job("local").method
+    whole, less = (activations(model, method, "bfloat16", 4096, on) for on in (False, True))
+    layer = 2 * (4 + 4) * 4096 + 2 * 5 * 4096 + 8 * 11_008  # two norms, attention, FFN
+    assert whole.kept == 4096 * 32 * layer
+    assert less.kept == 4096 * 32 * 2 * 4096
+    assert whole.passing == 4096 * (10 * 4096 + 12 * 16_000)  # 2 chunks of 2**26 logits at most
+    assert less.passing > 4096 * layer
+
+
 def test_what_is_recommended_fits_and_little_memory_takes_more(tmp_path: Path) -> None:
-    settings = {
+    settings: dict[str, Any] = {
         "precision": "bfloat16",
         "data": {"max_length": 4096},
         "optimization": {"batch_size": 128},
@@ -152,7 +204,7 @@ def test_steps_of_encoded_instructions_are_those_that_training_takes(
     from raymoe.data.instructions import Encoded, epoch_windows
     from raymoe.store import Store
 
-    settings = {
+    settings: dict[str, Any] = {
         "data": {"train": str(data_folder), "max_length": 256},
         "execution": {"storage": str(tmp_path)},
         "optimization": {"batch_size": 4},
@@ -188,6 +240,44 @@ def test_wrong_input_is_one_line(
 def test_a_folder_without_a_config_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no config\.json"):
         model_config(job(tmp_path))
+
+
+def test_a_sweep_costs_what_its_trials_cost(tmp_path: Path, pico: Path) -> None:
+    jobs = {
+        name: job(pico, name, execution={"storage": str(tmp_path)}, precision="bfloat16")
+        for name in ("dense", "su")
+    }
+    options = Options(gpus=4, tokens=10**9)
+    made = plan_sweep(jobs, options)
+    each = [plan(j, replace(options, gpu="l40s"))["on"][0] for j in jobs.values()]
+    assert made["hours"] == pytest.approx(sum(e["hours"] for e in each))
+    dollars = INSTANCES[CLUSTER_INSTANCE][2]
+    assert made["price"] == pytest.approx(made["hours"] * dollars)
+    assert [t["trial"] for t in made["trials"]] == ["dense", "su"]
+    unknown = plan_sweep(jobs, Options(gpus=4))
+    assert unknown["hours"] is None and unknown["price"] is None
+
+
+def test_a_sweep_is_planned_on_the_instances_of_the_cluster_file() -> None:
+    nodes = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
+    assert CLUSTER_INSTANCE in {node["node_config"]["InstanceType"] for node in nodes.values()}
+
+
+def test_the_command_line_plans_a_sweep(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = ROOT / "sweeps" / "num_experts.py"
+    arguments = ["--sweep", str(file), "--tokens", "1_000_000", "--execution.storage", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", *arguments, "--price-per-gpu-hour", "2", "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert exit_.value.code == 0
+    assert made["gpu"] == "l40s" and len(made["trials"]) > 1
+    assert made["price"] == pytest.approx(2 * made["hours"])
+
+
+def test_elastic_workers_may_share_unevenly(pico: Path) -> None:
+    asked = job(pico, execution={"workers": (2, 3)})
+    assert parsed({}, asked).gpus == 3
+    assert plan(asked, parsed({"tokens": "1_000_000"}, asked))["gpus"] == 3
 
 
 def test_the_command_line_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

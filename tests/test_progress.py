@@ -29,7 +29,7 @@ def progress(tmp_path: Path, lines: list[str], ends: list[tuple[str, str | None]
 
 
 def trial(**attributes: Any) -> Any:
-    return SimpleNamespace(config={"key": "train-a"}, **attributes)
+    return SimpleNamespace(config={"key": "train-a"}, **{"last_result": {}, **attributes})
 
 
 def test_tune_can_write_it_down_whatever_it_holds(tmp_path: Path) -> None:
@@ -51,14 +51,16 @@ def test_lines_and_ends(tmp_path: Path) -> None:
     shown = progress(tmp_path, lines, ends)
     shown.on_trial_start(0, [], trial())
     shown.on_trial_result(0, [], trial(), {"step": 3.0, "eval/loss": 1.25})
-    shown.on_trial_complete(0, [], trial())
-    assert lines == ["su-2: started", "su-2: step 3  eval/loss 1.2500", "su-2: stopped early"]
-    assert ends == [("train-a", "stopped early")]
+    for failure in ("stopped early", "TrainingFailed: the loss is nan at step 3"):
+        shown.on_trial_complete(0, [], trial(last_result={"failure": failure}))
+    assert lines[:2] == ["su-2: started", "su-2: step 3  eval/loss 1.2500"]
+    assert lines[2:] == ["su-2: stopped early", "su-2: failed: TrainingFailed: the loss is nan at step 3"]
+    assert [error for _, error in ends] == ["stopped early", "TrainingFailed: the loss is nan at step 3"]
     Store(tmp_path).root.joinpath("train-a").mkdir()
     (tmp_path / "train-a" / "stage.json").write_text("{}")
     shown.errors.clear()
     shown.on_trial_complete(0, [], trial())
-    assert ends[1] == ("train-a", None)
+    assert ends[2] == ("train-a", None)
 
 
 def test_an_error_is_told_by_its_root_cause(tmp_path: Path) -> None:
@@ -73,8 +75,13 @@ def test_an_error_is_told_by_its_root_cause(tmp_path: Path) -> None:
     except RuntimeError as outer:
         file.write_bytes(cloudpickle.dumps(outer))
         assert root_cause(outer) == "ValueError: no room"
-    progress(tmp_path, lines, ends).on_trial_error(0, [], trial(pickled_error_file=str(file)))
-    assert ends[0][1] is not None and lines[0].startswith("su-2: failed: ")
+    shown = progress(tmp_path, lines, ends)
+    shown.on_trial_recover(0, [], trial(pickled_error_file=str(file)))
+    shown.on_trial_error(0, [], trial(pickled_error_file=str(file)))
+    assert ends == [("train-a", "RuntimeError: wrapped")]  # a cause is not pickled
+    assert (
+        "goes on from the last checkpoint" in lines[0] and lines[1] == "su-2: failed: RuntimeError: wrapped"
+    )
 
 
 def test_asha_asks_the_worse_trial_to_stop_and_never_ends_its_driver(tmp_path: Path) -> None:

@@ -155,12 +155,15 @@ def test_a_root_that_can_not_be_written_is_the_users_mistake(tmp_path: Path) -> 
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/runs", "file:///tmp/runs"])
-def test_a_root_that_is_an_address_is_refused(root: str) -> None:
-    with pytest.raises(
-        InputError, match=rf"^execution\.storage: only folders are supported \(got '{root}'\)$"
-    ):
+@pytest.mark.parametrize("root", ["ftp://host/runs", "s3://", "file://host/runs"])
+def test_an_address_of_another_kind_is_refused(root: str) -> None:
+    expected = r"expected a folder, s3://bucket/prefix, gs://bucket/prefix"
+    with pytest.raises(InputError, match=rf"^execution\.storage: {expected} \(got '{root}'\)$"):
         Store(root)
+
+
+def test_the_address_of_a_folder_is_that_folder(tmp_path: Path) -> None:
+    assert Store(f"file://{tmp_path}").root == tmp_path
 
 
 def test_a_writable_root_is_made_and_left_empty(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ def test_masks_and_figures_of_a_finished_trial_are_artifacts(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     ledger = Ledger("raymoe", uri)
     ledger.sweep("experts-1", "how many?", {"sweep": "experts", "average_over": "num_experts"}, "")
-    book = _Book(ledger, sweep_over(2), {trial.key: trial}, store)
+    book = _Book(ledger, sweep_over(2), {trial.key: trial}, store, "tiny")
     book.ended(trial.key, None)
     assert ledger.close("FINISHED")
     client = MlflowClient(uri)

@@ -479,6 +479,26 @@ def test_names_and_values_that_mlflow_refuses(uri: str, tmp_path: Path) -> None:
     assert math.isnan(held.history("eval/x/loss")[0][1])
 
 
+def test_what_mlflow_will_never_take_is_told_and_does_not_hold_up_the_rest(uri: str, tmp_path: Path) -> None:
+    told: list[str] = []
+    ledger = Ledger("raymoe", uri, told.append)
+    logs = {key: MetricLog(tmp_path / key) for key in ("train-1", "train-2")}
+    for key, log in logs.items():
+        log.append(1, training(1))
+        open_trial(ledger, log.file, key=key)
+    wait_until(lambda: len(Held(uri).trials()) == 2)
+    client = MlflowClient(uri)
+    client.delete_run(Held(uri).trials()["train-1"].info.run_id)  # by somebody else, while it is written
+    for key, log in logs.items():
+        log.append(2, training(2))
+        ledger.finish(key, "FINISHED", [evaluation(2)])
+    assert ledger.close("FINISHED", timeout=30)
+    assert 1 <= len(told) <= 3 and all("refuses something" in line for line in told)
+    held = Held(uri)
+    assert held.trials()["train-2"].info.status == "FINISHED" and set(held.trials()) == {"train-2"}
+    assert [step for step, _ in held.history("train/loss", "train-2")] == [1, 2]
+
+
 # ---- reading back
 
 

@@ -1,6 +1,7 @@
-"""Figures of one SIMoE trial, as PNG files.
+"""Figures of one SIMoE trial, as PNG files, and of a sweep's nodes and trials over time.
 
     draw(description, rows, sizes, folder)      # masks.json, rows of metrics.jsonl, parameter counts
+    timeline(rows).savefig(file)                # of a sweep: rows of timeline.jsonl
 
 overlap.png, where.png, activation.png (of the masks), constraint.png (over training), size.png (beside others).
 Matplotlib's own objects are used, never pyplot, whose state is global: workers draw while others train.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,6 +208,39 @@ def size(sizes: Sizes) -> Figure | None:
 
 
 # ---- parts
+
+
+def timeline(rows: Sequence[Row]) -> Figure:
+    """Nodes of every type and trials that wait, train and have ended, over time, as `raymoe.watch` saw them."""
+    seconds = np.array([row["time"] - rows[0]["time"] for row in rows])
+    units = {"seconds": 1, "minutes": 60, "hours": 3600}
+    unit = next((name for name, size in units.items() if seconds[-1] < 300 * size), "hours")
+    times = seconds / units[unit]
+    figure = _figure(8.5, 6.0)
+    nodes, trials = figure.subplots(2, 1, sharex=True)
+    kinds = sorted({kind for row in rows for kind in row["nodes"]} - {"head"})
+    _stack(nodes, times, {kind: [row["nodes"].get(kind, 0) for row in rows] for kind in kinds}, COLOURS)
+    states = {name: [row[name] for row in rows] for name in ("ended", "training", "waiting")}
+    _stack(trials, times, states, (GREEN, BLUE, "#cccccc"))
+    nodes.set(ylabel="nodes, without the head", title="Nodes and trials of the sweep")
+    trials.set(ylabel="trials", xlabel=f"{unit} since the sweep started")
+    for axes in (nodes, trials):
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9)
+        axes.set_xlim(0, max(times[-1], 1e-3))
+        axes.set_ylim(0, max(1, axes.get_ylim()[1]))
+        _open(axes)
+    figure.align_ylabels()
+    return figure
+
+
+def _stack(axes: Axes, times: Floats, counts: Mapping[str, Sequence[int]], colours: Sequence[str]) -> None:
+    """Counts on top of each other; each lasts until the next time."""
+    below = np.zeros(len(times))
+    for (name, values), colour in zip(counts.items(), cycle(colours), strict=False):
+        above = below + np.array(values)
+        axes.fill_between(times, below, above, step="post", color=colour, lw=0, label=name)
+        below = above
 
 
 def _figure(width: float, height: float) -> Figure:

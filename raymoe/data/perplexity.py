@@ -10,10 +10,8 @@ computed with. `score` is the computation, `score_all` a pool of Ray Data actors
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from raymoe.config import InputError
 from raymoe.data.instructions import Batch, Encoded, collate
 from raymoe.models.packed_attention import PACKED_ATTENTION, completion_losses
+from raymoe.storage import Location, local, writing
 
 if TYPE_CHECKING:
     import ray
@@ -63,9 +63,9 @@ def consecutive_packs(lengths: NDArray[np.integer[Any]], tokens_per_batch: int) 
 
 
 def score_all(
-    encoded_folder: Path,
-    model_folder: Path,
-    out: Path,
+    encoded_folder: Location,
+    model_folder: Location,
+    out: Location,
     *,
     dtype: str,
     actors: int | None,
@@ -78,7 +78,7 @@ def score_all(
     perplexity (exp of nll per completion token).
 
     Args:
-        encoded_folder: what `Encoded.save` wrote, on a disk that all nodes see.
+        encoded_folder: what `Encoded.save` wrote, where all nodes reach it.
         model_folder: Hugging Face folder of the dense model, likewise.
         out: gets the file.
         dtype: `float32` or `bfloat16`.
@@ -89,7 +89,7 @@ def score_all(
     Returns:
         Number of instances, tokens and passes, and the mean nll per completion token.
     """
-    encoded = Encoded.load(encoded_folder)
+    encoded = Encoded.load(local(encoded_folder))
     packs = consecutive_packs(encoded.lengths, tokens_per_batch)
     rows = [{"first": first, "last": last} for first, last in packs]
     arguments = {"encoded_folder": encoded_folder, "model_folder": model_folder, "dtype": dtype}
@@ -97,8 +97,8 @@ def score_all(
     nll = np.full(len(encoded), np.nan)
     nll[scored["record"]] = scored["nll"]
     table = _scores(encoded, nll)
-    out.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, out / SCORES)
+    with writing(out) as folder:
+        pq.write_table(table, folder / SCORES)
     return {
         "instances": len(encoded),
         "tokens": int(encoded.offsets[-1]),
@@ -166,8 +166,8 @@ def summarize(scores: pa.Table, fraction: float, by: str = "task") -> list[dict[
 class Scorer:
     """Ray Data's actor: one model copy that scores ranges of records."""
 
-    def __init__(self, encoded_folder: Path, model_folder: Path, dtype: str) -> None:
-        self.encoded = Encoded.load(encoded_folder)
+    def __init__(self, encoded_folder: Location, model_folder: Location, dtype: str) -> None:
+        self.encoded = Encoded.load(local(encoded_folder))
         self.model = load_model(model_folder, dtype)
 
     def __call__(self, rows: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[Any]]:
@@ -183,10 +183,13 @@ class Scorer:
         return records, score(self.model, batch)[0]
 
 
-def load_model(folder: Path, dtype: str) -> PreTrainedModel:
+def load_model(folder: Location, dtype: str) -> PreTrainedModel:
     """The dense model of `folder` for packed forward passes, on this process's GPU if it has one."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=PACKED_ATTENTION, local_files_only=True
+        local(folder),
+        dtype=getattr(torch, dtype),
+        attn_implementation=PACKED_ATTENTION,
+        local_files_only=True,
     )
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -209,10 +212,15 @@ def run_actors(
     """
     import ray  # here: what scores and represents works on machines without it
 
-    cluster = ray.cluster_resources()
-    cpus = cluster.get("CPU", 1.0)
-    count = min(actors or (max(1, int(cluster.get("GPU", 1))) if gpu else 1), len(rows))
-    threads = max(1, min(int(cpus) // count, os.cpu_count() or 1))
+    from raymoe.cluster import capacity
+
+    have = capacity()  # with an autoscaler, of nodes that are not there yet
+    if gpu and have.final and have.total("GPU") < 1:
+        raise InputError("execution.gpu: the cluster has no GPU")
+    gpus = have.largest("GPU") if have.autoscaler else have.total("GPU")  # no more nodes than training takes
+    count = min(actors or (max(1, int(gpus)) if gpu else 1), len(rows))
+    cpus = max(1.0, have.total("CPU"))
+    threads = max(1, min(int(cpus) // count, int(have.largest("CPU"))))
     with ray.data.DataContext.current(_quiet_context()):
         results = ray.data.from_items(
             [dict(row) for row in rows], override_num_blocks=min(len(rows), BLOCKS_PER_ACTOR * count)

@@ -13,7 +13,6 @@ Shape letters: n prompts, N packed tokens, D model width.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +28,12 @@ from raymoe.data.instructions import Encoded
 from raymoe.data.perplexity import consecutive_packs, load_model, run_actors
 from raymoe.models.packed_attention import PACKED_ATTENTION
 from raymoe.models.seed import dimensions
+from raymoe.storage import Location, delete, local, writing
 
 Kind = Literal["last_hidden", "embedding"]
 
 SPLITS = ("train", "validation")
+PARTS = "parts"
 TOKENS_PER_BATCH = 8192
 PROMPTS_PER_PART = 1024
 """Most that an actor holds and writes at a time: 16 MiB at D = 4096."""
@@ -98,9 +99,9 @@ def _last_hidden(model: PreTrainedModel, tokens: Tensor, lengths: Sequence[int])
 
 
 def represent_all(
-    encoded_folder: Path,
-    model_folder: Path,
-    out: Path,
+    encoded_folder: Location,
+    model_folder: Location,
+    out: Location,
     *,
     kind: Kind,
     dtype: str,
@@ -113,7 +114,7 @@ def represent_all(
     Both are float32 [n, D]; row i is record i.
 
     Args:
-        encoded_folder: what `raymoe.data.instructions.prepare` wrote, on a disk that all nodes see.
+        encoded_folder: what `raymoe.data.instructions.prepare` wrote, where all nodes reach it.
         model_folder: Hugging Face folder of the dense model, likewise.
         out: gets the files, likewise.
         kind: as in `represent`.
@@ -125,7 +126,7 @@ def represent_all(
     Returns:
         Width, prompts of each split, and tokens of all prompts.
     """
-    splits = [Encoded.load(encoded_folder / split) for split in SPLITS]
+    splits = [Encoded.load(local(encoded_folder) / split) for split in SPLITS]
     sizes = [len(encoded) for encoded in splits]
     rows = _parts(sizes, PARTS_PER_ACTOR * (actors or 1))
     arguments = {
@@ -136,12 +137,13 @@ def represent_all(
         "dtype": dtype,
         "tokens_per_batch": tokens_per_batch,
     }
-    (out / "parts").mkdir(parents=True, exist_ok=True)
     run_actors(rows, Representer, arguments, actors=actors, gpu=gpu, what="prompt representations")
-    width = dimensions(model_folder)[1]
-    for i, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
-        _join(out, split, [row for row in rows if row["split"] == i], (size, width))
-    shutil.rmtree(out / "parts")
+    width = dimensions(local(model_folder))[1]
+    parts = local(out / PARTS)
+    with writing(out) as folder:
+        for i, (split, size) in enumerate(zip(SPLITS, sizes, strict=True)):
+            _join(parts, folder, split, [row for row in rows if row["split"] == i], (size, width))
+    delete(out / PARTS)
     return {
         "width": width,
         **{f"{split}_prompts": size for split, size in zip(SPLITS, sizes, strict=True)},
@@ -159,16 +161,18 @@ def _parts(sizes: Sequence[int], at_least: int) -> list[dict[str, int]]:
     ]
 
 
-def _part_file(out: Path, split: str, first: int) -> Path:
-    return out / "parts" / f"{split}-{first:09d}.npy"
+def _part_file(parts: Path, split: str, first: int) -> Path:
+    return parts / f"{split}-{first:09d}.npy"
 
 
-def _join(out: Path, split: str, rows: Sequence[Mapping[str, int]], shape: tuple[int, int]) -> None:
+def _join(
+    parts: Path, out: Path, split: str, rows: Sequence[Mapping[str, int]], shape: tuple[int, int]
+) -> None:
     """Write `out/<split>.npy` from its parts, of which one at a time is in memory."""
     joined = np.lib.format.open_memmap(out / f"{split}.npy", mode="w+", dtype=np.float32, shape=shape)
     for row in rows:
         first, last = row["first"], row["last"]
-        part = np.load(_part_file(out, split, first), allow_pickle=False)
+        part = np.load(_part_file(parts, split, first), allow_pickle=False)
         if part.shape != (last - first, shape[1]) or not np.isfinite(part).all():
             raise RuntimeError(
                 f"{split} prompts {first} to {last - 1} have no representation that is a number"
@@ -182,22 +186,23 @@ class Representer:
 
     def __init__(
         self,
-        encoded_folder: Path,
-        model_folder: Path,
-        out: Path,
+        encoded_folder: Location,
+        model_folder: Location,
+        out: Location,
         kind: Kind,
         dtype: str,
         tokens_per_batch: int,
     ) -> None:
-        self.splits = [Encoded.load(encoded_folder / split) for split in SPLITS]
+        self.splits = [Encoded.load(local(encoded_folder) / split) for split in SPLITS]
         self.model = load_model(model_folder, dtype)
         self.out, self.kind, self.tokens_per_batch = out, kind, tokens_per_batch
 
     def __call__(self, rows: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
         """Write the parts of `rows`, the same again if asked again."""
         columns = zip(*(rows[name].tolist() for name in ("split", "first", "last")), strict=True)
-        for split, first, last in columns:
-            prompts = [self.splits[split].prompt(record) for record in range(first, last)]
-            means_nD = represent(self.model, prompts, self.kind, self.tokens_per_batch)
-            np.save(_part_file(self.out, SPLITS[split], first), means_nD.numpy(), allow_pickle=False)
+        with writing(self.out / PARTS) as parts:
+            for split, first, last in columns:
+                prompts = [self.splits[split].prompt(record) for record in range(first, last)]
+                means_nD = represent(self.model, prompts, self.kind, self.tokens_per_batch)
+                np.save(_part_file(parts, SPLITS[split], first), means_nD.numpy(), allow_pickle=False)
         return {"first": rows["first"]}

@@ -31,6 +31,7 @@ from transformers import AutoConfig, PreTrainedModel
 from raymoe.config import ContextRepresentations, InputError, TaskRepresentations
 from raymoe.data.instructions import Documents, Encoded
 from raymoe.data.perplexity import consecutive_packs, load_model, run_actors, select_top
+from raymoe.storage import Location, local, writing
 
 SHARD_BYTES = 2**28
 """Size of a shard, and what an actor holds in memory beside the model."""
@@ -185,12 +186,12 @@ def _hook(layer: nn.Module, point: str, take: Any) -> torch.utils.hooks.Removabl
 
 
 def extract_all(
-    encoded_folder: Path,
-    model_folder: Path,
-    out: Path,
+    encoded_folder: Location,
+    model_folder: Location,
+    out: Location,
     method: Method,
     *,
-    scores: Path | None,
+    scores: Location | None,
     seed: int,
     dtype: str,
     actors: int | None,
@@ -204,7 +205,7 @@ def extract_all(
     `position` [n] int32.
 
     Args:
-        encoded_folder: training instances, on a disk that all nodes see.
+        encoded_folder: training instances, where all nodes reach them.
         model_folder: Hugging Face folder of the dense model, likewise.
         out: gets the shards, likewise.
         method: which tokens, and where in each layer.
@@ -221,12 +222,11 @@ def extract_all(
     Raises:
         InputError: a task that is no domain of the data.
     """
-    encoded, config = Encoded.load(encoded_folder), AutoConfig.from_pretrained(model_folder)
-    tokens = choose(encoded, method, scores, seed)
+    encoded, config = Encoded.load(local(encoded_folder)), AutoConfig.from_pretrained(local(model_folder))
+    tokens = choose(encoded, method, local(scores) if scores else None, seed)
     point = method.representation
     bytes_per_token = 4 * config.num_hidden_layers * config.hidden_size * len({"ffn_input", point})
     shards = _shards(tokens, bytes_per_token, SHARDS_PER_ACTOR * (actors or 1))
-    out.mkdir(parents=True, exist_ok=True)
     arguments = {
         "encoded_folder": encoded_folder,
         "model_folder": model_folder,
@@ -269,15 +269,15 @@ class Extractor:
 
     def __init__(
         self,
-        encoded_folder: Path,
-        model_folder: Path,
-        out: Path,
+        encoded_folder: Location,
+        model_folder: Location,
+        out: Location,
         tokens: Tokens,
         point: str,
         dtype: str,
         tokens_per_batch: int,
     ) -> None:
-        self.encoded = Encoded.load(encoded_folder)
+        self.encoded = Encoded.load(local(encoded_folder))
         self.model = load_model(model_folder, dtype)
         self.out, self.tokens, self.point = out, tokens, point
         self.tokens_per_batch = tokens_per_batch
@@ -297,7 +297,8 @@ class Extractor:
         tensors = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
         for name in ("group", "record", "position"):
             tensors[name] = torch.from_numpy(getattr(tokens, name).copy())
-        save_file(tensors, self.out / f"shard-{shard:05d}.safetensors")
+        with writing(self.out) as folder:
+            save_file(tensors, folder / f"shard-{shard:05d}.safetensors")
 
 
 def packs(tokens: Tokens, tokens_per_batch: int) -> list[tuple[int, int]]:

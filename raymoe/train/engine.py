@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 
 from raymoe.config import Execution, Optimization
 from raymoe.models.moe import SparseMoE
+from raymoe.store import digest
 
 TAG = "state"
+IN_PROCESS = 2**30
+"""Bytes of a checkpoint above which it is converted by processes of their own, which take seconds to start."""
 
 
 def deepspeed_config(
@@ -126,13 +138,75 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Mapping[str, An
     engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, exclude_frozen_parameters=True)
 
 
-def restore(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
-    """Load what `save` wrote (by all workers, merged) and return its state."""
+def restore(engine: deepspeed.DeepSpeedEngine, folder: Path, workers: int) -> dict[str, Any]:
+    """Load what `save` wrote, by `workers` workers, and return its state; every worker calls it.
+
+    Another number of workers reads DeepSpeed's universal format, which one worker per node converts it to. Without
+    ZeRO everything is in one file, which any number reads.
+    """
+    if workers == engine.world_size or not engine.zero_optimization():
+        return _load(engine, folder)
+    with _universal(folder) as converted:
+        engine._config.load_universal_checkpoint = True
+        try:
+            return _load(engine, converted)
+        finally:
+            engine._config.load_universal_checkpoint = False
+
+
+def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     frozen = any(not p.requires_grad for p in engine.module.parameters())
     path, client_state = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not frozen)
     if path is None:
         raise RuntimeError(f"{folder}: no DeepSpeed checkpoint {TAG!r} in it")
     return dict(client_state["raymoe"])
+
+
+@contextmanager
+def _universal(folder: Path) -> Iterator[Path]:
+    """A checkpoint in DeepSpeed's universal format, on this node's disk: 12 bytes per trained parameter.
+
+    All workers of a node use the one that the first of them makes; it is removed after the last has left.
+    """
+    converted = Path(tempfile.gettempdir()) / f"raymoe-universal-{digest([os.getuid(), str(folder)])}"
+    first = int(os.environ["LOCAL_RANK"]) == 0
+    if first:
+        shutil.rmtree(converted, ignore_errors=True)
+        _convert(folder / TAG, converted / TAG)
+    _barrier()
+    try:
+        yield converted
+    finally:
+        _barrier()
+        if first:
+            shutil.rmtree(converted, ignore_errors=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    """DeepSpeed's own converter: in this process where it is done in a moment, else in several of their own."""
+    if sum(file.stat().st_size for file in source.iterdir()) < IN_PROCESS:
+        arguments = Namespace(
+            input_folder=str(source),
+            output_folder=str(target),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            ds_to_universal.main(arguments)
+        return
+    command = [sys.executable, "-m", ds_to_universal.__name__, "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source}: not converted: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _barrier() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def gathered_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

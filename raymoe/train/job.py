@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from raymoe.config import Execution, Run
+from raymoe.storage import Location
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Everything a worker needs, as paths that every node sees."""
+    """Everything a worker needs, as locations that every node reaches."""
 
     run: Run
     execution: Execution
-    dense: Path
+    dense: Location
     """Hugging Face folder of the dense model."""
-    recipe: Path | None
+    recipe: Location | None
     """Router rows to upcycle with (None: train the dense model itself)."""
-    data: Path
+    data: Location
     """Encoded instructions: `train/` and `validation/`."""
-    out: Path
+    out: Location
     """Gets `model/`, `evaluations.json`."""
-    prompts: Path | None = None
+    prompts: Location | None = None
     """Representations of all prompts, for SIMoE's router: `train.npy`, `validation.npy`."""
     log_every: int = 1
     """Steps whose metrics are read from the device together: one synchronisation."""
@@ -30,11 +30,13 @@ class TrainJob:
 
 FIRST_STEPS = 0.1
 """Share of training in which SIMoE's gates should not saturate."""
+FAILURE = "failure"
+"""Under this name a trial's last result says why it failed."""
 STOPPED_EARLY = "stopped early"
 """Why a trial ended that its scheduler gave up on."""
 
 
-def stop_flag(checkpoints: Path, name: str) -> Path:
+def stop_flag(checkpoints: Location, name: str) -> Location:
     """The file that asks the run `name` to end at its next milestone."""
     return checkpoints / name / "stop"
 

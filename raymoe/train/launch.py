@@ -5,28 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray.train
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from raymoe.cluster import trial_workers
 from raymoe.config import InputError
+from raymoe.lease import is_held_by
+from raymoe.storage import Location, Remote, delete, ray_storage, read_file, replace_file, scratch, writing
 from raymoe.tracking import MetricLog, metric_log, read_rows
 from raymoe.train.job import TrainingFailed, TrainJob, stop_flag
 
 FAILURE = "failure.txt"
+KEPT_SNAPSHOT = "checkpoints.kept.json"
 
 
-def fit(job: TrainJob, name: str, storage: Path) -> dict[str, Any]:
+def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -> dict[str, Any]:
     """Train with Ray Train and return the stage's info; goes on from the last checkpoint under `name`.
+
+    `lease`: id of the lease on `storage / name` under which no one else trains there.
 
     Raises:
         TrainingFailed: training can't go on (a loss that is not a number).
@@ -35,19 +41,21 @@ def fit(job: TrainJob, name: str, storage: Path) -> dict[str, Any]:
     first = read_rows(metric_log(storage, name))[:1]  # of an earlier attempt, whose time counts too
     started = first[0]["time"] / 1000 if first else time.time()
     stop_flag(storage, name).unlink(missing_ok=True)
+    mend_snapshot(storage / name)
     workers = trial_workers(job.execution, job.run.optimization.batch_size)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "metrics": str(metric_log(storage, name))},
+        train_loop_config={"job": job, "metrics": metric_log(storage, name), "lease": lease},
         scaling_config=ScalingConfig(
-            num_workers=workers.count,
+            num_workers=workers.count if workers.most == workers.count else (workers.count, workers.most),
+            elastic_resize_monitor_interval_s=job.execution.resize_interval,
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
         ),
         torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
         run_config=RunConfig(
             name=name,
-            storage_path=str(storage),
+            **ray_storage(storage),
             failure_config=FailureConfig(max_failures=job.execution.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=_tune_callbacks(),
@@ -61,10 +69,10 @@ def fit(job: TrainJob, name: str, storage: Path) -> dict[str, Any]:
             raise
     if failure.is_file():
         raise TrainingFailed(failure.read_text())
-    shutil.copy(metric_log(storage, name), job.out / "metrics.jsonl")
+    (job.out / "metrics.jsonl").write_bytes(metric_log(storage, name).read_bytes())
     _draw_masks(job)
     (job.out / "run.json").write_text(job.run.model_dump_json(indent=1))
-    return _info(job, workers.count, workers.gpu, time.time() - started)
+    return _info(job, workers.gpu, started)
 
 
 def _draw_masks(job: TrainJob) -> None:
@@ -75,19 +83,29 @@ def _draw_masks(job: TrainJob) -> None:
 
     description = json.loads((job.out / "masks.json").read_text())
     try:
-        draw(description, read_rows(job.out / "metrics.jsonl"), description["sizes"], job.out / "figures")
+        with writing(job.out / "figures") as folder:
+            draw(description, read_rows(job.out / "metrics.jsonl"), description["sizes"], folder)
     except Exception as error:  # what was trained is worth more than its pictures
         print(f"figures of {job.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def clean(name: str, storage: Path) -> None:
+def clean(name: str, storage: Location) -> None:
     """Remove the checkpoints of a finished run: its model is in the store."""
-    shutil.rmtree(storage / name, ignore_errors=True)
+    delete(storage / name)
 
 
-def _info(job: TrainJob, workers: int, gpu: bool, seconds: float) -> dict[str, Any]:
+def _info(job: TrainJob, gpu: bool, started: float) -> dict[str, Any]:
+    """What the stage records: evaluations, and what they cost, with all attempts and the pauses between them."""
     evaluations = json.loads((job.out / "evaluations.json").read_text())
-    cost = {"workers": workers, "seconds": seconds, "gpu_hours": workers * seconds / 3600 if gpu else 0.0}
+    rows = [r for r in read_rows(job.out / "metrics.jsonl") if "system/workers" in r["metrics"]]
+    times = [started, *(row["time"] / 1000 for row in rows)]
+    workers = [row["metrics"]["system/workers"] for row in rows]
+    busy = sum((end - start) * n for start, end, n in zip(times, times[1:], workers, strict=False))
+    cost = {
+        "workers": max(workers, default=0),
+        "seconds": time.time() - started,
+        "gpu_hours": busy / 3600 if gpu else 0.0,
+    }
     return {
         "steps": int(evaluations[-1]["step"]) if evaluations else 0,
         "evaluations": evaluations,
@@ -114,9 +132,12 @@ def _worker(config: dict[str, Any]) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    session = RaySession(Path(config["metrics"]))
+    session = RaySession(config["metrics"], config["lease"])
     try:
-        train(job, session)
+        try:
+            train(job, session)
+        finally:
+            session.flush()
     except TrainingFailed as failure:
         if session.rank == 0:
             (job.out / FAILURE).write_text(str(failure))
@@ -128,26 +149,32 @@ def _worker(config: dict[str, Any]) -> None:
 class RaySession:
     """A worker's surroundings under Ray Train."""
 
-    def __init__(self, metrics: Path) -> None:
+    def __init__(self, metrics: Location, lease: str | None = None) -> None:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self._metrics_file = metrics
+        self._metrics_file, self._lease = metrics, lease
         self._metrics: MetricLog | None = None
         self._resumed_at: int | None = None
+        self._downloaded = ExitStack()
 
     def checkpoint(self) -> Path | None:
-        """Folder of the last reported checkpoint, in the storage that all nodes share."""
+        """Folder of the last reported checkpoint, until `resumed` is called: in the storage, or a node's copy."""
         checkpoint = ray.train.get_checkpoint()
-        return Path(checkpoint.path) if checkpoint else None
+        return Path(self._downloaded.enter_context(checkpoint.as_directory())) if checkpoint else None
 
     def resumed(self, step: int) -> None:
         """Training goes on after `step`: what was logged beyond is written again."""
         self._resumed_at = step
+        self._downloaded.close()
 
     def stop_requested(self) -> bool:
         """Whether the sweep's scheduler has given the run up."""
         return (self._metrics_file.parent / "stop").exists()
+
+    def leaving(self) -> bool:
+        """Whether the cloud has announced that it takes a node of the run away; a barrier over the workers."""
+        return ray.train.get_preemption_info() is not None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append to the run's metric log (worker 0)."""
@@ -155,11 +182,62 @@ class RaySession:
             self._metrics = MetricLog(self._metrics_file, self._resumed_at)
         self._metrics.append(step, metrics)
 
+    def flush(self) -> None:
+        """Have the whole metric log in the storage."""
+        if self._metrics:
+            self._metrics.flush()
+
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
         """Report to Ray Train, with a checkpoint that every worker writes its share of."""
+        self.flush()
+        self._check_lease()
         if save is None:
             ray.train.report(dict(metrics))
             return
-        with tempfile.TemporaryDirectory(dir=self._metrics_file.parent, prefix=".saving-") as folder:
-            save(Path(folder))
+        with self._saving() as folder:
+            save(folder)
             ray.train.report(dict(metrics), checkpoint=Checkpoint.from_directory(folder))
+
+    @contextmanager
+    def _saving(self) -> Iterator[Path]:
+        """A temporary folder, on the storage's own disk if it has one."""
+        with ExitStack() as stack:
+            if isinstance(run := self._metrics_file.parent, Remote):
+                yield stack.enter_context(scratch())
+                return
+            if self.rank == 0:
+                keep_snapshot(run)
+            yield Path(stack.enter_context(tempfile.TemporaryDirectory(dir=run, prefix=".saving-")))
+
+    def _check_lease(self) -> None:
+        if self._lease and self.rank == 0 and not is_held_by(self._metrics_file.parent, self._lease):
+            raise InputError("another process has taken this run over, after a minute without a sign of life")
+
+
+def keep_snapshot(run: Path) -> None:
+    """Keep a copy of Ray Train's list of checkpoints in `run`, which Ray writes in place: on a full disk, a half."""
+    content = read_file(run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    if content is not None and _is_json(content):
+        replace_file(run / KEPT_SNAPSHOT, content)
+
+
+def mend_snapshot(run: Location) -> None:
+    """Where Ray Train's list of checkpoints in `run` is a half, go back to the copy: its checkpoints are there still.
+
+    Ray removes an older checkpoint only after it has written the list that has the newer one.
+    """
+    content = read_file(run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    if isinstance(run, Path) and content is not None and not _is_json(content):
+        kept = read_file(run / KEPT_SNAPSHOT)
+        if kept is None:
+            (run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).unlink()
+        else:
+            replace_file(run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, kept)
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except ValueError:
+        return False
+    return True

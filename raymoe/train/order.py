@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raymoe.config import InputError, Optimization
+from raymoe.config import Optimization
 from raymoe.data.instructions import Encoded, epoch_windows
 
 Window = np.ndarray  # record indices packed into one sequence
@@ -64,11 +64,10 @@ def milestone_steps(milestones: Sequence[float], total_steps: int) -> list[int]:
 
 
 def micro_batches(batch_size: int, workers: int, micro_batch: int) -> tuple[int, int]:
-    """(sequences per forward pass, passes per step) of one worker: the largest that fit `micro_batch`."""
-    if batch_size % workers:
-        raise InputError(
-            f"execution.workers: {workers} workers can't share optimization.batch_size {batch_size} evenly"
-        )
-    share = batch_size // workers
-    size = next(n for n in range(min(share, micro_batch), 0, -1) if share % n == 0)
-    return size, share // size
+    """(sequences per forward pass, passes per step) of one worker: as few as fit `micro_batch`, of equal size.
+
+    Where the batch can't be shared evenly some workers have less to do in their last pass, or nothing.
+    """
+    share = math.ceil(batch_size / workers)
+    passes = math.ceil(share / micro_batch)
+    return math.ceil(share / passes), passes

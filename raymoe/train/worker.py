@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import resource
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from raymoe.evaluate import Evaluator, summed
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.packed_attention import PACKED_ATTENTION
 from raymoe.models.simoe import interpolate
+from raymoe.storage import delete, local, writing
 from raymoe.train import engine as deepspeed_engine
 from raymoe.train.flops import active_parameters, num_parameters, peak_flops, training_flops_per_token
 from raymoe.train.job import STOPPED_EARLY, TrainingFailed, TrainJob
@@ -36,6 +36,8 @@ from raymoe.upcycle.checkpoint import write_model
 from raymoe.upcycle.simoe import write_simoe
 
 LAYOUT = "layout.json"
+LOOK_EVERY = 5.0
+"""Seconds between two looks whether a node is about to be taken away: clouds tell it 30 to 120 s before."""
 
 
 class Session(Protocol):
@@ -59,6 +61,9 @@ class Session(Protocol):
 
     def report(self, metrics: Mapping[str, float], save: Any | None) -> None:
         """A barrier over the workers; `save(folder)` writes a checkpoint where it is not None."""
+
+    def leaving(self) -> bool:
+        """A barrier over the workers: whether a node that one of them is on is about to be taken away."""
 
 
 @dataclass
@@ -92,7 +97,7 @@ class Trainer:
     def __init__(self, job: TrainJob, session: Session) -> None:
         self.job, self.session, self.run = job, session, job.run
         torch.manual_seed(self.run.seed)  # for models with dropout
-        self.encoded = Encoded.load(job.data / "train")
+        self.encoded = Encoded.load(local(job.data) / "train")
         self.order = Order(self.encoded, self.run.data.max_length, self.run.optimization, self.run.seed)
         self.milestones = set(milestone_steps(self.run.evaluation.milestones, self.order.total_steps))
         self.micro_batch, self.accumulation = micro_batches(
@@ -102,7 +107,11 @@ class Trainer:
         self.pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         """Of every step whose metrics are still on the device: what the host knows, and those."""
         self._build()
-        self.clock = time.perf_counter()
+        self.clock = self.looked = self.saved = time.perf_counter()
+        self.leaving = False
+        """Whether a node of the workers is about to be taken away."""
+        self.due: dict[str, bool] = {}
+        """What all workers agreed on when metrics were last reduced: see `_due`."""
 
     def _build(self) -> None:
         run, execution = self.run, self.job.execution
@@ -117,12 +126,12 @@ class Trainer:
         self.peak_flops = peak_flops(self.session.device, run.precision) * self.session.world_size
         self.masks = self._interpolated(model, partition)
         self.engine = deepspeed_engine.start(
-            CausalLoss(model).to(self.session.device), config, run.optimization
+            CausalLoss(model).train().to(self.session.device), config, run.optimization
         )
         self.evaluator = Evaluator(
             run.evaluation,
-            Encoded.load(self.job.data / "validation"),
-            AutoTokenizer.from_pretrained(self.job.dense),
+            Encoded.load(local(self.job.data) / "validation"),
+            AutoTokenizer.from_pretrained(local(self.job.dense)),
             rank=self.session.rank,
             world_size=self.session.world_size,
             max_length=run.data.max_length,
@@ -142,7 +151,7 @@ class Trainer:
         return MaskTrainer(
             method,
             interpolate(model, (lambda m: deepspeed_engine.partition(m, partition)) if partition else None),
-            job.prompts,
+            local(job.prompts),
             seed=self.run.seed,
             total_steps=self.order.total_steps,
             device=self.session.device,
@@ -156,8 +165,8 @@ class Trainer:
     def restore(self) -> None:
         """Go on from the session's checkpoint, if there is one."""
         if folder := self.session.checkpoint():
-            self._check_layout(folder)
-            self.state = State(**deepspeed_engine.restore(self.engine, folder))
+            workers = self._checked_layout(folder)["workers"]
+            self.state = State(**deepspeed_engine.restore(self.engine, folder, workers))
             if self.masks:
                 self.masks.load(folder)
             self.session.resumed(self.state.step)
@@ -166,14 +175,16 @@ class Trainer:
         """How the checkpoints of this run are spread over files."""
         return {"zero_stage": self.engine.zero_optimization_stage(), "workers": self.session.world_size}
 
-    def _check_layout(self, folder: Path) -> None:
-        """Raises TrainingFailed if the checkpoint was written at another ZeRO stage or number of workers."""
-        written = json.loads((folder / LAYOUT).read_text())
-        if written != self._layout():
+    def _checked_layout(self, folder: Path) -> dict[str, int]:
+        """How the checkpoint is spread over files; raises TrainingFailed if this run can't read it so."""
+        written: dict[str, int] = json.loads((folder / LAYOUT).read_text())
+        ours = self._layout()
+        if _partitioning(written["zero_stage"]) != _partitioning(ours["zero_stage"]):
             raise TrainingFailed(
-                f"its checkpoint was written with {written}, this run has {self._layout()}: "
-                "go on with the same execution.zero_stage and execution.workers"
+                f"its checkpoint was written with execution.zero_stage {written['zero_stage']}, this run has "
+                f"{ours['zero_stage']}: go on with {written['zero_stage']}"
             )
+        return written
 
     def step(self) -> None:
         """One optimizer step over the global batch of `state.step`."""
@@ -188,11 +199,12 @@ class Trainer:
         total: dict[str, Tensor] = {}
         if self.masks:
             self.masks.begin(self.state.step)
-        for start in range(0, len(mine), self.micro_batch):
-            batch = collate(
-                self.encoded, mine[start : start + self.micro_batch], self.run.data.max_length
-            ).to(self.session.device)
-            _add(total, self._forward_backward(batch, completion, real))
+        for number in range(self.accumulation):
+            some = mine[number * self.micro_batch : (number + 1) * self.micro_batch]
+            # every worker takes part in every pass: one without sequences passes through one that does not count
+            batch = collate(self.encoded, some or windows[:1], self.run.data.max_length)
+            counts = 1.0 if some else 0.0
+            _add(total, self._forward_backward(batch.to(self.session.device), completion, real, counts))
         if self.masks:
             total |= self.masks.end(self.state.step, scheduled)
         self.state.step += 1
@@ -200,12 +212,16 @@ class Trainer:
         self._log(total, rate, real)
         if self._checkpoint_due():
             self.flush()
-            self._check_parameters()
-            self.session.report({"step": self.state.step}, self._save)
-            self.clock = time.perf_counter()
+            self.checkpoint()
 
-    def _forward_backward(self, batch: Batch, completion: int, real: int) -> dict[str, Tensor]:
-        """Gradients of one micro batch, as its share of the loss over the global batch.
+    def checkpoint(self) -> None:
+        """Report a checkpoint of this step."""
+        self._check_parameters()
+        self.session.report({"step": self.state.step}, self._save)
+        self.clock = time.perf_counter()
+
+    def _forward_backward(self, batch: Batch, completion: int, real: int, counts: float) -> dict[str, Tensor]:
+        """Gradients of one micro batch, as its share of the loss over the global batch; none if `counts` is 0.
 
         Loss = sum of completion nll / completion tokens of the global batch
              + alpha * load-balance loss, every sequence weighted by its share of the global batch's tokens.
@@ -214,18 +230,18 @@ class Trainer:
         if self.masks:
             self.masks.set(batch)
         nll, balance, load, entropy = self.engine(batch)
-        share = batch.num_tokens / real
-        loss = nll.sum() / completion + _alpha(self.run) * balance * share
+        share = counts * batch.num_tokens / real
+        loss = counts * nll.sum() / completion + _alpha(self.run) * balance * share
         self.engine.backward(loss * self.session.world_size, scale_wrt_gas=False)
         norm = deepspeed_engine.step(self.engine)
-        metrics = {"train/loss": nll.detach().sum() / completion}
+        metrics = {"train/loss": counts * nll.detach().sum() / completion}
         if norm is not None:  # every worker has the whole norm, and metrics are summed over workers
             metrics["train/grad_norm"] = norm / self.session.world_size
         if load.numel():
             metrics |= {
                 "train/load_balance_loss": balance.detach() * share,
                 "routing/entropy": entropy.mean() * share,
-                "routing/load": load.float(),
+                "routing/load": counts * load.float(),
             }
         return metrics
 
@@ -251,7 +267,8 @@ class Trainer:
         if not self.pending:
             return
         pending, self.pending = self.pending, []
-        host = _reduced([metrics for _, metrics in pending])
+        *host, due = _reduced([*(metrics for _, metrics in pending), self._due()])
+        self.due = {what: bool(value) for what, value in due.items()}
         now = time.perf_counter()
         seconds, self.clock = (now - self.clock) / len(pending), now
         for metrics, (known, _) in zip(host, pending, strict=True):
@@ -262,6 +279,7 @@ class Trainer:
                 "system/tokens_per_second": rate,
                 "system/mfu": rate * self.flops_per_token / self.peak_flops,
                 "system/peak_memory_bytes": peak_memory(self.session.device),
+                "system/workers": self.session.world_size,
             }
             if self.masks:
                 self.masks.read(step, named)
@@ -269,6 +287,15 @@ class Trainer:
                 self.session.log(step, named)
             if not math.isfinite(named["train/loss"]):
                 raise TrainingFailed(f"the loss is {named['train/loss']} at step {step}")
+
+    def _due(self) -> dict[str, Tensor]:
+        """What the first worker's clock says is due. On the way of the metrics it decides for all, at no cost."""
+        now, first = time.perf_counter(), self.session.rank == 0
+        late = {
+            "checkpoint": now - self.saved > 60 * self.job.execution.checkpoint_minutes,
+            "look": now - self.looked > LOOK_EVERY and not self.leaving,
+        }
+        return {k: torch.tensor(float(first and v), device=self.session.device) for k, v in late.items()}
 
     def milestone(self) -> None:
         """Evaluate, report and checkpoint if a share of training named in the configuration is reached."""
@@ -309,10 +336,18 @@ class Trainer:
             raise TrainingFailed(f"parameters are not finite after step {self.state.step}")
 
     def _checkpoint_due(self) -> bool:
-        every = self.job.execution.checkpoint_every
-        return bool(every) and self.state.step % every == 0 and self.state.step not in self.milestones  # type: ignore[operator]
+        """By steps, by time, or because a node was announced to leave; a milestone has its own checkpoint."""
+        due, self.due = self.due, {}
+        every, step = self.job.execution.checkpoint_every, self.state.step
+        wanted = due.get("checkpoint", False) or bool(every and step % every == 0)
+        if due.get("look"):
+            self.looked = time.perf_counter()
+            self.leaving = self.session.leaving()
+            wanted |= self.leaving
+        return wanted and step not in self.milestones
 
     def _save(self, folder: Path) -> None:
+        self.saved = time.perf_counter()
         deepspeed_engine.save(self.engine, folder, vars(self.state))
         if self.session.rank == 0:
             if self.masks:
@@ -325,10 +360,11 @@ class Trainer:
         tensors = deepspeed_engine.gathered_parameters(self.engine.module.model)
         if self.session.rank == 0:
             # what workers that were killed right after writing it left
-            shutil.rmtree(self.job.out / "model", ignore_errors=True)
+            delete(self.job.out / "model")
             dtype = torch.bfloat16 if self.run.precision == "bfloat16" else torch.float32
-            self._write(self.job.out / "model", tensors, dtype)
-            (self.job.out / "evaluations.json").write_text(json.dumps(self.state.evaluations, indent=1))
+            with writing(self.job.out) as out:
+                self._write(out, tensors, dtype)
+                (out / "evaluations.json").write_text(json.dumps(self.state.evaluations, indent=1))
         else:
             for _ in tensors:
                 pass
@@ -336,11 +372,11 @@ class Trainer:
     def _write(self, out: Path, tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> None:
         if self.masks:
             masks, description = self.masks.finished(self.encoded, self.evaluator.held_out)
-            write_simoe(out, self.job.dense, masks, tensors, dtype)
-            (self.job.out / "masks.json").write_text(json.dumps(description, indent=1))
+            write_simoe(out / "model", self.job.dense, masks, tensors, dtype)
+            (out / "masks.json").write_text(json.dumps(description, indent=1))
         else:
             assert isinstance(self.run.method, Dense | Experts)
-            write_model(out, self.job.dense, self.run.method, tensors, dtype)
+            write_model(out / "model", local(self.job.dense), self.run.method, tensors, dtype)
 
 
 def load_model(job: TrainJob, partition: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -352,12 +388,12 @@ def load_model(job: TrainJob, partition: Mapping[str, Any] | None = None) -> Pre
     dtype = torch.bfloat16 if job.run.precision == "bfloat16" else torch.float32
     if job.recipe is None:
         model = AutoModelForCausalLM.from_pretrained(
-            job.dense, dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True
+            local(job.dense), dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True
         )
     else:
-        recipe, router = load_recipe(job.recipe)
+        recipe, router = load_recipe(local(job.recipe))
         model = expand(
-            job.dense,
+            local(job.dense),
             router,
             recipe.method,
             dtype,
@@ -375,6 +411,11 @@ def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _partitioning(zero_stage: int) -> str:
+    """What of a checkpoint DeepSpeed partitions: stages 1 and 2 write the same."""
+    return ("nothing", "optimizer", "optimizer", "parameters")[zero_stage]
 
 
 def _alpha(run: Run) -> float:

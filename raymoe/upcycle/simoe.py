@@ -49,6 +49,7 @@ from raymoe.models.simoe import (
     kept_share,
     merged_columns,
 )
+from raymoe.storage import Location, local, location
 from raymoe.upcycle.checkpoint import (
     ShardWriter,
     Slot,
@@ -95,8 +96,8 @@ class SIMoEConfig:
     """What `simoe.json` says."""
 
     method: SparseInterpolation
-    dense: Path
-    """Folder of the dense model, absolute."""
+    dense_at: Location
+    """Where the dense model is; absolute."""
     dense_digest: str
     dtype: torch.dtype
     """Of the delta, and what the model was trained in."""
@@ -109,6 +110,11 @@ class SIMoEConfig:
     """Domain -> mean expert weights [M] of its prompts."""
     chat_template: str
     """How prompts were rendered: `data.chat_template` of the training."""
+
+    @property
+    def dense(self) -> Path:
+        """Folder of the dense model."""
+        return local(self.dense_at)
 
     def plan(self, router: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
         """Every tensor of `simoe.safetensors`; `router`: shapes of its parameters."""
@@ -155,7 +161,7 @@ def _parsed(values: Mapping[str, Any], folder: Path) -> SIMoEConfig:
         raise ValueError(f"{wrong[0]} has not one weight per expert")
     return SIMoEConfig(
         method=method,
-        dense=folder.absolute() / values["dense"],
+        dense_at=_dense_location(folder, values["dense"]),
         dense_digest=values["dense_digest"],
         dtype=DTYPES[values["dtype"]],
         layout=GateLayout(tuple(GateSpan(**layer) for layer in layers)),
@@ -166,12 +172,16 @@ def _parsed(values: Mapping[str, Any], folder: Path) -> SIMoEConfig:
     )
 
 
+def _dense_location(folder: Path, text: str) -> Location:
+    return location(text) if "://" in text else folder.absolute() / text
+
+
 def _as_json(config: SIMoEConfig) -> dict[str, Any]:
     spans = zip(config.layout.spans, config.live, strict=True)
     return {
         "format": FORMAT,
         "method": config.method.model_dump(mode="json"),
-        "dense": str(config.dense),
+        "dense": str(config.dense_at),
         "dense_digest": config.dense_digest,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == config.dtype),
         "parameters": dict(config.parameters),
@@ -232,7 +242,7 @@ def _router_name(name: str) -> str:
 
 
 def write_simoe(
-    out: Path, dense: Path, masks: Masks, deltas: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+    out: Path, dense: Location, masks: Masks, deltas: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> None:
     """Write a trained SIMoE model as the folder `out`, its delta in `dtype`, the dense model by reference.
 
@@ -243,7 +253,7 @@ def write_simoe(
         InputError: `out` is not empty, or the disk is full.
         ValueError: masks that don't fit the dense model; a delta that is missing, unknown or of another shape.
     """
-    layout, num_dense = _outline(dense)
+    layout, num_dense = _outline(local(dense))
     gates_MG = masks.gates_MG.detach().float().cpu()
     if gates_MG.shape != (masks.method.num_experts, layout.size):
         raise ValueError(f"gates {list(gates_MG.shape)} for [{masks.method.num_experts}, {layout.size}]")
@@ -275,7 +285,7 @@ def _live(gates_MG: Tensor, layout: GateLayout) -> dict[str, Tensor]:
 
 
 def _described(
-    dense: Path, masks: Masks, layout: GateLayout, live: Sequence[int], num_dense: int, dtype: torch.dtype
+    dense: Location, masks: Masks, layout: GateLayout, live: Sequence[int], num_dense: int, dtype: torch.dtype
 ) -> SIMoEConfig:
     parameters = {
         "dense": num_dense,
@@ -284,9 +294,9 @@ def _described(
         "router": sum(tensor.numel() for tensor in masks.router.values()),
     }
     domains = {name: tuple(map(float, weights)) for name, weights in masks.domains.items()}
-    path, digest = dense.absolute(), _digest(dense_tensors(dense))
+    where, digest = location(dense), _digest(dense_tensors(local(dense)))
     return SIMoEConfig(
-        masks.method, path, digest, dtype, layout, tuple(live), parameters, domains, masks.chat_template
+        masks.method, where, digest, dtype, layout, tuple(live), parameters, domains, masks.chat_template
     )
 
 

@@ -37,6 +37,9 @@ class LocalSession:
     def stop_requested(self) -> bool:
         return False
 
+    def leaving(self) -> bool:
+        return False
+
     def resumed(self, step: int) -> None:
         self.resumed_at = step
 

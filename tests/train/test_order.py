@@ -14,7 +14,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from raymoe.config import InputError, Optimization
+from raymoe.config import Optimization
 from raymoe.data.instructions import Encoded
 from raymoe.train.order import Order, learning_rate, micro_batches, milestone_steps
 
@@ -77,7 +77,7 @@ def test_workers_share_the_global_batch_whatever_their_number(workers: int) -> N
         for step in range(data.total_steps):
             batch = data.windows(step)
             shares = [batch[rank::workers] for rank in range(workers)]
-            assert {len(share) for share in shares} == {size * passes}
+            assert max(len(share) for share in shares) <= size * passes < max(map(len, shares)) + passes
             assert Counter(id(w) for share in shares for w in share) == Counter(map(id, batch))
 
 
@@ -183,16 +183,11 @@ def test_milestones_are_the_nearest_steps() -> None:
         assert all(min(abs(step - share * total) for share in shares) <= 0.5 for step in steps)
 
 
-def test_micro_batches_are_the_largest_that_divide_a_workers_share() -> None:
+def test_micro_batches_are_as_few_as_fit() -> None:
     for batch_size in range(1, 25):
-        for workers in (w for w in range(1, 9) if batch_size % w == 0):
+        for workers in range(1, 9):
             for limit in range(1, 26):
                 size, passes = micro_batches(batch_size, workers, limit)
-                assert workers * size * passes == batch_size
-                fitting = [n for n in range(1, limit + 1) if (batch_size // workers) % n == 0]
-                assert size == max(fitting)
-
-
-def test_workers_that_can_not_share_a_batch_evenly() -> None:
-    with pytest.raises(InputError, match=r"execution\.workers: 3 workers .* optimization\.batch_size 8"):
-        micro_batches(8, 3, 8)
+                share = -(-batch_size // workers)  # of the worker that has most
+                assert size <= limit and share <= size * passes < share + passes
+                assert (passes - 1) * limit < share

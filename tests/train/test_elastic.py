@@ -1,0 +1,167 @@
+"""Workers that come and go in mid-run, on a real cluster whose nodes are announced to leave, killed and added."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+from live_cluster import Cluster
+from local_session import LocalSession, environment, free_port
+
+from raymoe.config import Execution, Run
+from raymoe.tracking import read_rows
+from raymoe.train.job import TrainJob
+from raymoe.train.worker import train
+
+pytestmark = pytest.mark.slow
+STEPS = 120
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    quick = {"PYTHONPATH": str(ROOT), "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5"}
+    with Cluster(tmp_path / "cluster", environment=quick) as cluster:
+        yield cluster
+
+
+def command(folder: Path, pico: Path, data: Path, *more: str) -> list[str]:
+    words = [
+        sys.executable,
+        "-m",
+        "raymoe.cli",
+        "train",
+        "--json",
+        "--method",
+        "su",
+        "--model.name",
+        str(pico),
+    ]
+    words += [
+        "--data.train",
+        str(data),
+        "--max-length",
+        "128",
+        "--batch-size",
+        "8",
+        "--max-steps",
+        str(STEPS),
+    ]
+    words += [
+        "--num-epochs",
+        "1000",
+        "--milestones",
+        "1.0",
+        "--generation-examples",
+        "0",
+        "--micro-batch",
+        "1",
+    ]
+    return [*words, "--zero-stage", "1", "--no-gpu", "--storage", str(folder), *more]
+
+
+class Watch:
+    """The steps of a run as they are logged, with the workers that made them."""
+
+    def __init__(self, storage: Path, process: subprocess.Popen[str]) -> None:
+        self.storage, self.process = storage, process
+        self.seen: list[tuple[int, int]] = []
+
+    def until(self, reached: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert self.process.poll() is None, self.process.communicate()[1][-4000:]
+            assert time.monotonic() < deadline, self.seen[-3:]
+            for file in self.storage.glob("checkpoints/*/metrics.jsonl"):
+                rows = [r for r in read_rows(file) if "system/workers" in r["metrics"]]
+                if (
+                    rows
+                    and (now := (rows[-1]["step"], int(rows[-1]["metrics"]["system/workers"])))
+                    not in self.seen[-1:]
+                ):
+                    self.seen.append(now)
+            time.sleep(0.05)
+
+    def attempts(self) -> list[list[tuple[int, int]]]:
+        """Stretches of steps made by the same number of workers."""
+        return [list(some) for _, some in groupby(self.seen, key=lambda now: now[1])]
+
+
+def losses(storage: Path) -> dict[int, float]:
+    (file,) = storage.glob("train-*/metrics.jsonl")
+    rows = [r for r in read_rows(file) if "train/loss" in r["metrics"]]
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    return {r["step"]: r["metrics"]["train/loss"] for r in rows}
+
+
+def test_a_run_goes_on_while_nodes_leave_and_come(
+    cluster: Cluster, pico: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.add_node(num_cpus=1, resources={"first": 1})
+    leaving = cluster.add_node(num_cpus=1, resources={"leaving": 1})
+    storage = tmp_path / "elastic"
+    elastic = ["--workers", "1", "2", "--cpus-per-worker", "1", "--resize-interval", "2"]
+    run = subprocess.Popen(
+        command(storage, pico, data_folder, *elastic, "--address", cluster.address),
+        cwd=tmp_path,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    watch = Watch(storage, run)
+    watch.until(lambda: bool(watch.seen) and watch.seen[-1] >= (5, 2))
+    announce(cluster, "leaving")
+    watch.until(lambda: any(storage.glob("checkpoints/*/checkpoint_*")))  # none was due
+    leaving.kill()
+    watch.until(lambda: watch.seen[-1][1] == 1)
+    cluster.add_node(num_cpus=1)
+    watch.until(lambda: watch.seen[-1][1] == 2)
+    stdout, stderr = run.communicate(timeout=200)
+    assert run.returncode == 0, stderr[-4000:]
+    (row,) = json.loads(stdout)
+    assert row["status"] == "FINISHED"
+
+    first, then, *_ = watch.attempts()
+    assert {workers for _, workers in first} == {2} and 5 < then[0][0] < STEPS
+    undisturbed, elastic_losses = alone(storage, monkeypatch), losses(storage)
+    apart = max(abs(undisturbed[step] - elastic_losses[step]) for step in undisturbed)
+    print([(a[0], a[-1]) for a in watch.attempts()], apart)
+    assert apart < 1e-3
+
+
+def alone(storage: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+    """The losses of the same run in one process, without Ray, undisturbed."""
+    environment(monkeypatch.setenv, 0, 1, free_port())
+    (trained,), (data,), (recipe,) = (storage.glob(f"{s}-*") for s in ("train", "instructions", "upcycle"))
+    run = Run.model_validate_json((trained / "run.json").read_text())
+    out = storage / "alone"
+    out.mkdir()
+    session = LocalSession()
+    train(TrainJob(run, Execution(micro_batch=1), Path(run.model.name), recipe, data, out), session)
+    return session.losses()
+
+
+def announce(cluster: Cluster, resource: str) -> None:
+    """What a cloud's notice comes to in Ray: the node that has `resource` is drained, within a minute."""
+    find = f"""
+import ray
+ray.init(address={cluster.address!r}, log_to_driver=False)
+print(*[n["NodeID"] for n in ray.nodes() if n["Resources"].get({resource!r})])
+"""
+    (node,) = ray_says(cluster, sys.executable, "-c", find).split()
+    words = ["ray", "drain-node", "--address", cluster.address, "--node-id", node, "--reason-message", "spot"]
+    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "60"]
+    ray_says(cluster, *words)
+
+
+def ray_says(cluster: Cluster, *words: str) -> str:
+    done = subprocess.run(words, env=cluster.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
