@@ -38,7 +38,7 @@ from raymoe.sweep import Sweep
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("dense", "su", "crsu", "simoe")
-STEPS = 300
+STEPS = 1500
 
 
 def _run(base: Run, point: Any) -> Run:
@@ -68,7 +68,7 @@ def settings(steps: int, seed: int, storage: Path) -> list[str]:
         "1",
         "--no-gpu",
         "--checkpoint-every",
-        str(max(1, steps // 20)),
+        str(max(1, steps // 60)),
     ]
     return [*words, "--max-failures", "-1", "--storage", str(storage)]
 

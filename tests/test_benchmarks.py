@@ -44,6 +44,8 @@ FORBIDDEN = {
     "step": "ray,deepspeed,mlflow",
     "upcycle": "ray",  # transformers imports DeepSpeed to save a model
 }
+ON_CLUSTERS = {"live_cluster", "fake_autoscaler", "chaos"}
+"""Tested by the tests that use them: test_jobs, test_autoscaling, test_failures."""
 NO_FLOOR = {"clusters_inertia", "plan_memory_vs_measured", *FIGURES["simoe_size"]}
 # Runs the script, then fails if it brought in a framework that it does not measure.
 RUN = """
@@ -95,7 +97,7 @@ def check(figure: dict[str, Any]) -> None:
 
 def test_every_benchmark_is_tested() -> None:
     files = {file.stem for file in (ROOT / "benchmarks").glob("*.py")}
-    assert files == FIGURES.keys() | {"harness"}
+    assert files == FIGURES.keys() | {"harness", *ON_CLUSTERS}
 
 
 @pytest.mark.slow

@@ -531,7 +531,7 @@ from raymoe.store import Store
 lease.SETTLE = 0.3
 
 def build(out, context):
-    print("trains", context.lease, flush=True)
+    print("trains", context.lease, file=sys.__stdout__, flush=True)
     sys.stdin.readline()
     with writing(out) as folder:
         (folder / "model.bin").write_bytes(b"weights")

@@ -261,7 +261,7 @@ class MaskTrainer:
         tensors = {
             "multiplier": self.multiplier,
             "unit": self.unit,
-            "saturated_early": torch.tensor(self.saturated_early),
+            "saturated_early": torch.tensor(self.saturated_early, dtype=torch.float64),
         }
         for name, parameter, state in self._states():
             tensors[name] = parameter.detach()
