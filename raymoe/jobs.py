@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from raymoe.address import JOBS, TIMEOUT, no_token, refused_token, token
 from raymoe.config import InputError, Job
 from raymoe.store import digest
+from raymoe.tracking import without_credentials
 
 if TYPE_CHECKING:
     import requests
@@ -147,11 +148,11 @@ def _address(job: Job) -> str:
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS"),
     }
     key, address = next(((k, a) for k, a in sources.items() if a), ("--submit", JOBS))
+    if without_credentials(address) != address:
+        raise InputError(f"{key}: the address must not have a password in it")
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"{key}: a job goes to the dashboard's address, such as {JOBS} (got {address!r})")
-    if parts.password:
-        raise InputError(f"{key}: the address must not have a password in it")
     return address.rstrip("/")
 
 
@@ -169,7 +170,7 @@ def _environment(job: Job) -> dict[str, str]:
     if storage and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise InputError(f"{key}: {storage} is a relative path: give a job a folder that all nodes see")
     for name, value in found.items():
-        if urlsplit(value).password:
+        if without_credentials(value) != value:
             raise InputError(
                 f"{name}: has a password in it, which the job's record would show: set it on the nodes instead "
                 "(MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"

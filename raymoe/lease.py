@@ -7,6 +7,7 @@ from the last checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -29,6 +30,8 @@ STALE_AFTER = 60.0
 SURELY_STALE_AFTER = 600.0
 """Seconds by which no two machines' clocks differ: a lease renewed so long ago is not watched for a minute."""
 POLL = 1.0
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links answer."""
 SETTLE = 2.0
 """Seconds in which two that take a lease at an address at the same moment see each other."""
 
@@ -97,7 +100,9 @@ def _take(file: Location, over: dict[str, Any] | None, me: dict[str, Any]) -> bo
         os.link(fresh, file)  # fails where there is one: of two, one gets it
     except FileExistsError:
         return False
-    except PermissionError:  # a file system without links
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
         return _created(file, _signed(me))
     finally:
         fresh.unlink(missing_ok=True)
@@ -119,8 +124,14 @@ def _set_aside(file: Path, over: dict[str, Any]) -> None:
     with suppress(FileNotFoundError):
         file.rename(aside)
         if (_read(aside) or over).get("id") != over.get("id"):
-            with suppress(FileExistsError):
+            try:
                 os.link(aside, file)
+            except FileExistsError:
+                pass
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                _created(file, aside.read_bytes())
         aside.unlink()
 
 
@@ -180,7 +191,13 @@ def _is_over(lease: dict[str, Any]) -> bool:
 def _host() -> str:
     """This machine, and this start of it; a container with a name of its own is another."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.is_file() else ''}"
+    space = Path(
+        "/proc/self/ns/pid"
+    )  # containers on one machine may have its name, and process ids of their own
+    return (
+        f"{socket.gethostname()}/{boot.read_text().strip() if boot.is_file() else ''}"
+        f"/{os.readlink(space) if space.exists() else ''}"
+    )
 
 
 def _started(pid: int) -> str | None:

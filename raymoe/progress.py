@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ class TuneProgress(Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Say that a trial started."""
-        other = holder(self._store.checkpoints / trial.config["key"])
+        other = None
+        with suppress(OSError):  # a storage that fails for a moment is no reason to end the sweep
+            other = holder(self._store.checkpoints / trial.config["key"])
         self._tell(trial, f"started; waits where {other} trains the same" if other else "started")
         self._start(trial.config["key"])
         if self._bars:
@@ -119,7 +122,8 @@ def cooperative_asha(checkpoints: Location) -> ASHAScheduler:
             if "step" not in result or self._metric not in result:
                 return str(self.CONTINUE)
             if super().on_trial_result(controller, trial, result) == self.STOP:
-                stop_flag(checkpoints, trial.config["key"]).touch()
+                with suppress(OSError):  # at worst it trains on
+                    stop_flag(checkpoints, trial.config["key"]).touch()
             return str(self.CONTINUE)
 
     return Cooperative(time_attr="step", max_t=10**9, grace_period=1, reduction_factor=2)
@@ -177,4 +181,7 @@ class _Bars:
 def _error_of(trial: Any) -> BaseException | None:
     """The exception that ended a trial, which Tune has just written to its folder."""
     file = trial.pickled_error_file
-    return cloudpickle.loads(Path(file).read_bytes()) if file and Path(file).is_file() else None
+    try:
+        return cloudpickle.loads(Path(file).read_bytes()) if file else None
+    except Exception:  # half written, on a full disk
+        return None

@@ -34,7 +34,7 @@ from raymoe.config import (
     SparseInterpolation,
     TaskRepresentations,
 )
-from raymoe.storage import Location, local, writing
+from raymoe.storage import Location, delete, local, writing
 from raymoe.store import Output, Store, digest
 
 REVISIONS = {
@@ -102,6 +102,8 @@ def make(stage: Stage, context: Context) -> Output:
         context.say(f"{stage.key}: started")
         with redirect_stdout(sys.stderr):  # what libraries print is no result
             output = context.store.make(stage.name, stage.identity, lambda out: stage.build(out, alone))
+    if stage.trains:
+        delete(context.store.checkpoints / stage.trains)  # the model is in the store
     context.say(f"{stage.key}: done in {output.marker['seconds']:.0f} s{_summary(output.info)}")
     return output
 

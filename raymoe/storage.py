@@ -241,7 +241,7 @@ def location(text: str | Path | Remote) -> Location:
     if scheme not in SCHEMES or not address:
         known = ", ".join(f"{s}://bucket/prefix" for s in SCHEMES)
         raise InputError(f"expected a folder, {known} (got {str(text)!r})")
-    if "@" in address.split("/")[0]:
+    if "@" in address or ":" in address.split("/")[0]:  # a secret key may have slashes
         raise InputError(
             f"credentials belong into the environment (AWS_ACCESS_KEY_ID, ...), not into {scheme}://..."
         )

@@ -187,9 +187,11 @@ def _run_all(sweep: Sweep, trials: Sequence[Trial], job: Job, store: Store, opti
         if todo:
             _compute(sweep, todo, job.execution, store, options, book)
     finally:
-        for key in book.trials.keys() - book.rows.keys():  # interrupted
-            book.ended(key, None)
-        ledger.close(_overall(book.rows.values()), book.artifacts)
+        try:
+            for key in book.trials.keys() - book.rows.keys():  # interrupted
+                book.ended(key, None)
+        finally:
+            ledger.close(_overall(book.rows.values()), book.artifacts)
     return [book.rows[trial.key] for trial in trials]
 
 
@@ -335,19 +337,17 @@ def train_trial(
     Returns why it failed, if it did: what is raised is tried again, as is right for processes and nodes that died.
     """
     from ray.exceptions import RayActorError
-
-    from raymoe.train.launch import clean
+    from ray.train.v2.api.exceptions import ControllerError
 
     run = Run.model_validate(payload[config["key"]])
     context = stages.Context(Store(root), Execution.model_validate(execution))
     stage = stages.training(run)
     try:
         stages.make(stage, context)
-    except RayActorError:
+    except (RayActorError, ControllerError, OSError):  # a process or a node that died, a storage that failed
         raise
     except Exception as error:
         return {FAILURE: STOPPED_EARLY if str(error) == STOPPED_EARLY else root_cause(error)}
-    clean(stage.key, context.store.checkpoints)
     return {}
 
 

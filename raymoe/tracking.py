@@ -411,7 +411,7 @@ class Ledger:
         labels = [RunTag(k, str(v)[:5000]) for k, v in tags.items()]
         self._client.log_batch(trial.run_id, metrics=fresh, tags=labels)
         for file, folder in artifacts:
-            self._client.log_artifact(trial.run_id, str(local(file)), folder)
+            self._unless_refused(partial(self._client.log_artifact, trial.run_id, str(local(file)), folder))
         if run.info.status != status:
             self._client.set_terminated(trial.run_id, status)
         del self._trials[key]
@@ -571,10 +571,15 @@ def _connect(uri: str) -> Any:
 def _is_refusal(error: Exception) -> bool:
     """Whether asking again is no use. Missing rights may be given, and a server that is busy gets quiet."""
     from mlflow.exceptions import MlflowException
+    from requests import HTTPError
 
+    if isinstance(error, HTTPError):  # of artifacts that go through the server
+        return error.response is not None and error.response.status_code in (400, 409, 413)
     if not isinstance(error, MlflowException):
         return False
-    return error.get_http_status_code() in (400, 404, 409, 413)
+    code = error.get_http_status_code()
+    # a proxy before a server that starts says 404, too, but not in MLflow's words
+    return code in (400, 409, 413) or (code == 404 and not str(error).startswith("API request"))
 
 
 def _first_line(error: Exception, uri: str) -> str:

@@ -24,7 +24,7 @@ from ray import PlacementGroupID
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raymoe.cluster import HEAD, TRIAL_SLOT
-from raymoe.storage import Location
+from raymoe.storage import Location, read_file, replace_file
 
 TIMELINE = "timeline.jsonl"
 INTERVAL = 2.0
@@ -96,8 +96,8 @@ class Watch:
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        if self._file.is_file():
-            self._before = self._file.read_text()
+        text = (read_file(self._file) or b"").decode()
+        self._before = text[: text.rfind("\n") + 1]
         self._thread.start()
         return self
 
@@ -138,9 +138,9 @@ class Watch:
         since = {group.id: self._lost.get(group.id, now) for group in lost}
         for group in lost:
             if now - since[group.id] >= self._leak_after and group.id not in self._told:
-                self._told.add(group.id)
                 if not group.detached:
                     remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group.id)))
+                self._told.add(group.id)
                 self._say(
                     f"placement group {group.id} belongs to no running trial and keeps {group.holds}: "
                     + ("it outlives the job that made it" if group.detached else "removed")
@@ -150,7 +150,7 @@ class Watch:
     def _write(self, now: float) -> None:
         if isinstance(self._file, Path):
             self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(self._text())
+        replace_file(self._file, self._text().encode())
         self._written = now
 
     def _text(self) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from raymoe.config import Execution, Optimization
 from raymoe.models.moe import SparseMoE
-from raymoe.store import digest
+from raymoe.storage import scratch
 
 TAG = "state"
 IN_PROCESS = 2**30
@@ -164,22 +163,28 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _universal(folder: Path) -> Iterator[Path]:
-    """A checkpoint in DeepSpeed's universal format, on this node's disk: 12 bytes per trained parameter.
+    """A checkpoint in DeepSpeed's universal format, beside this node's copies: while it is made, 24 bytes per
+    trained parameter.
 
     All workers of a node use the one that the first of them makes; it is removed after the last has left.
     """
-    converted = Path(tempfile.gettempdir()) / f"raymoe-universal-{digest([os.getuid(), str(folder)])}"
-    first = int(os.environ["LOCAL_RANK"]) == 0
-    if first:
-        shutil.rmtree(converted, ignore_errors=True)
-        _convert(folder / TAG, converted / TAG)
-    _barrier()
-    try:
-        yield converted
-    finally:
-        _barrier()
-        if first:
-            shutil.rmtree(converted, ignore_errors=True)
+    with ExitStack() as stack:
+        mine = None
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            mine = str(stack.enter_context(scratch()))
+            _convert(folder / TAG, Path(mine) / TAG)
+        yield Path(_of_this_node(mine))
+        _of_this_node(mine)  # all have read it
+
+
+def _of_this_node(mine: str | None) -> str:
+    """What the first worker of this node gives; a barrier over all workers."""
+    node = f"{socket.gethostname()}/{os.environ.get('NODE_RANK', '')}"
+    given = [(node, mine)]
+    if torch.distributed.is_initialized():
+        given *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(given, (node, mine))
+    return next(path for where, path in given if where == node and path)
 
 
 def _convert(source: Path, target: Path) -> None:
@@ -201,12 +206,8 @@ def _convert(source: Path, target: Path) -> None:
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{source}: not converted: {done.stderr.strip().splitlines()[-1]}")
-
-
-def _barrier() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise RuntimeError(f"{source}: not converted: {why}")
 
 
 def gathered_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

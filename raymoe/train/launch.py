@@ -7,16 +7,19 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray.train
+from ray import tune
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.tune.trainable.trainable_fn_utils import _in_tune_session
 
 from raymoe.cluster import trial_workers
 from raymoe.config import InputError
@@ -42,6 +45,7 @@ def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -
     started = first[0]["time"] / 1000 if first else time.time()
     stop_flag(storage, name).unlink(missing_ok=True)
     mend_snapshot(storage / name)
+    _remove_unreported(storage / name)
     workers = trial_workers(job.execution, job.run.optimization.batch_size)
     trainer = TorchTrainer(
         _worker,
@@ -58,12 +62,12 @@ def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -
             **ray_storage(storage),
             failure_config=FailureConfig(max_failures=job.execution.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=_tune_callbacks(),
         ),
     )
     failure = job.out / FAILURE
     try:
-        trainer.fit()
+        with _told_to_tune(metric_log(storage, name)):
+            trainer.fit()
     except Exception:
         if not failure.is_file():
             raise
@@ -89,18 +93,19 @@ def _draw_masks(job: TrainJob) -> None:
         print(f"figures of {job.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def clean(name: str, storage: Location) -> None:
-    """Remove the checkpoints of a finished run: its model is in the store."""
-    delete(storage / name)
-
-
 def _info(job: TrainJob, gpu: bool, started: float) -> dict[str, Any]:
-    """What the stage records: evaluations, and what they cost, with all attempts and the pauses between them."""
+    """What the stage records: evaluations, and what they cost: seconds from the first start to the end, GPU hours of
+    workers that trained."""
     evaluations = json.loads((job.out / "evaluations.json").read_text())
     rows = [r for r in read_rows(job.out / "metrics.jsonl") if "system/workers" in r["metrics"]]
     times = [started, *(row["time"] / 1000 for row in rows)]
     workers = [row["metrics"]["system/workers"] for row in rows]
-    busy = sum((end - start) * n for start, end, n in zip(times, times[1:], workers, strict=False))
+    # of the time since the row before only what the attempt has trained: in pauses between attempts no one did
+    trained = [
+        min(end - start, row["metrics"]["system/seconds"])
+        for start, end, row in zip(times, times[1:], rows, strict=False)
+    ]
+    busy = sum(seconds * n for seconds, n in zip(trained, workers, strict=True))
     cost = {
         "workers": max(workers, default=0),
         "seconds": time.time() - started,
@@ -113,12 +118,38 @@ def _info(job: TrainJob, gpu: bool, started: float) -> dict[str, Any]:
     }
 
 
-def _tune_callbacks() -> list[Any]:
-    """Inside a Tune trial, pass what workers report on to Tune."""
-    from ray.tune.integration.ray_train import TuneReportCallback
-    from ray.tune.trainable.trainable_fn_utils import _in_tune_session
+@contextmanager
+def _told_to_tune(log: Location) -> Iterator[None]:
+    """Inside a Tune trial, pass evaluations on to Tune as they appear in the run's metric log.
 
-    return [TuneReportCallback()] if _in_tune_session() else []
+    Ray's own TuneReportCallback is not used: where its last report meets the end of the trial, Tune's session puts
+    both into a queue for one, which nobody but itself empties, and waits for ever (Ray 2.60).
+    """
+    if not _in_tune_session():
+        yield
+        return
+    ending = threading.Event()
+    thread = threading.Thread(target=_tell_tune, args=(log, ending), name="tell-tune", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+
+
+def _tell_tune(log: Location, ending: threading.Event) -> None:
+    told: set[int] = set()
+    last = False
+    while not last:
+        last = ending.wait(10.0 if isinstance(log, Remote) else 1.0)
+        with suppress(OSError):  # a storage that fails for a moment: the next look may
+            for line in (read_file(log) or b"").splitlines(keepends=True):
+                if b'"eval/loss"' in line and line.endswith(b"\n"):
+                    row = json.loads(line)
+                    if row["step"] not in told:
+                        told.add(row["step"])
+                        tune.report({"step": row["step"], **row["metrics"]})
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -189,8 +220,8 @@ class RaySession:
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
         """Report to Ray Train, with a checkpoint that every worker writes its share of."""
-        self.flush()
         self._check_lease()
+        self.flush()
         if save is None:
             ray.train.report(dict(metrics))
             return
@@ -212,6 +243,12 @@ class RaySession:
     def _check_lease(self) -> None:
         if self._lease and self.rank == 0 and not is_held_by(self._metrics_file.parent, self._lease):
             raise InputError("another process has taken this run over, after a minute without a sign of life")
+
+
+def _remove_unreported(run: Location) -> None:
+    """Remove the checkpoints that workers were killed while they wrote."""
+    for folder in run.glob(".saving-*") if isinstance(run, Path) else ():
+        delete(folder)
 
 
 def keep_snapshot(run: Path) -> None:

@@ -26,6 +26,7 @@ from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.packed_attention import PACKED_ATTENTION
 from raymoe.models.simoe import interpolate
 from raymoe.storage import delete, local, writing
+from raymoe.store import digest
 from raymoe.train import engine as deepspeed_engine
 from raymoe.train.flops import active_parameters, num_parameters, peak_flops, training_flops_per_token
 from raymoe.train.job import STOPPED_EARLY, TrainingFailed, TrainJob
@@ -107,7 +108,9 @@ class Trainer:
         self.pending: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         """Of every step whose metrics are still on the device: what the host knows, and those."""
         self._build()
-        self.clock = self.looked = self.saved = time.perf_counter()
+        self.clock = self.looked = self.saved = self.began = time.perf_counter()
+        self.wait, self.seconds_per_step = 1, 1.0
+        """Steps until the metrics are reduced next; seconds that a step took lately."""
         self.leaving = False
         """Whether a node of the workers is about to be taken away."""
         self.due: dict[str, bool] = {}
@@ -171,14 +174,21 @@ class Trainer:
                 self.masks.load(folder)
             self.session.resumed(self.state.step)
 
-    def _layout(self) -> dict[str, int]:
-        """How the checkpoints of this run are spread over files."""
-        return {"zero_stage": self.engine.zero_optimization_stage(), "workers": self.session.world_size}
+    def _layout(self) -> dict[str, Any]:
+        """How the checkpoints of this run are spread over files, and whose they are."""
+        dense = (local(self.job.dense) / "config.json").read_text()
+        return {
+            "zero_stage": self.engine.zero_optimization_stage(),
+            "workers": self.session.world_size,
+            "run": digest([self.run.model_dump(mode="json"), dense]),
+        }
 
-    def _checked_layout(self, folder: Path) -> dict[str, int]:
-        """How the checkpoint is spread over files; raises TrainingFailed if this run can't read it so."""
-        written: dict[str, int] = json.loads((folder / LAYOUT).read_text())
+    def _checked_layout(self, folder: Path) -> dict[str, Any]:
+        """How the checkpoint is spread over files; raises TrainingFailed if this run can't go on from it."""
+        written: dict[str, Any] = json.loads((folder / LAYOUT).read_text())
         ours = self._layout()
+        if written["run"] != ours["run"]:
+            raise TrainingFailed(f"the checkpoint {folder} is of another run or another model: remove it")
         if _partitioning(written["zero_stage"]) != _partitioning(ours["zero_stage"]):
             raise TrainingFailed(
                 f"its checkpoint was written with execution.zero_stage {written['zero_stage']}, this run has "
@@ -255,7 +265,7 @@ class Trainer:
             **({"masks/target": self.masks.target(self.state.step - 1)} if self.masks else {}),
         }
         self.pending.append((known, metrics))
-        if len(self.pending) >= self.job.log_every:
+        if len(self.pending) >= self.wait:
             self.flush()
 
     def flush(self) -> None:
@@ -268,9 +278,11 @@ class Trainer:
             return
         pending, self.pending = self.pending, []
         *host, due = _reduced([*(metrics for _, metrics in pending), self._due()])
+        self.wait = int(due.pop("wait"))
         self.due = {what: bool(value) for what, value in due.items()}
         now = time.perf_counter()
         seconds, self.clock = (now - self.clock) / len(pending), now
+        self.seconds_per_step = seconds
         for metrics, (known, _) in zip(host, pending, strict=True):
             step, rate = int(known.pop("step")), known.pop("step_tokens") / seconds
             named = {
@@ -280,6 +292,7 @@ class Trainer:
                 "system/mfu": rate * self.flops_per_token / self.peak_flops,
                 "system/peak_memory_bytes": peak_memory(self.session.device),
                 "system/workers": self.session.world_size,
+                "system/seconds": now - self.began,
             }
             if self.masks:
                 self.masks.read(step, named)
@@ -289,13 +302,19 @@ class Trainer:
                 raise TrainingFailed(f"the loss is {named['train/loss']} at step {step}")
 
     def _due(self) -> dict[str, Tensor]:
-        """What the first worker's clock says is due. On the way of the metrics it decides for all, at no cost."""
+        """What the first worker's clock says is due. On the way of the metrics it decides for all, at no cost.
+
+        `wait`: steps until the metrics are reduced again: as configured, but no longer than LOOK_EVERY seconds.
+        """
         now, first = time.perf_counter(), self.session.rank == 0
         late = {
             "checkpoint": now - self.saved > 60 * self.job.execution.checkpoint_minutes,
             "look": now - self.looked > LOOK_EVERY and not self.leaving,
         }
-        return {k: torch.tensor(float(first and v), device=self.session.device) for k, v in late.items()}
+        values = {"wait": min(self.job.log_every, max(1, int(LOOK_EVERY / self.seconds_per_step))), **late}
+        return {
+            k: torch.tensor(float(v if first else 0), device=self.session.device) for k, v in values.items()
+        }
 
     def milestone(self) -> None:
         """Evaluate, report and checkpoint if a share of training named in the configuration is reached."""
@@ -343,11 +362,13 @@ class Trainer:
         if due.get("look"):
             self.looked = time.perf_counter()
             self.leaving = self.session.leaving()
-            wanted |= self.leaving
+            if self.leaving:
+                return True
         return wanted and step not in self.milestones
 
     def _save(self, folder: Path) -> None:
         self.saved = time.perf_counter()
+        self.due.pop("checkpoint", None)
         deepspeed_engine.save(self.engine, folder, vars(self.state))
         if self.session.rank == 0:
             if self.masks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,23 @@ def test_a_checkpoint_goes_on_at_another_zero_stage_only_where_deepspeed_can_rea
     resumed = LocalSession(checkpoint, resume=True)
     train(small_job(run, pico, encoded, tmp_path / "c", zero_stage=2), resumed)
     assert list(resumed.losses().values()) == pytest.approx(list(whole.losses().values())[3:], abs=1e-6)
+
+
+def test_a_checkpoint_of_another_run_or_model_is_refused_in_one_line(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
+) -> None:
+    run, checkpoint = small_run(pico, data_folder), tmp_path / "checkpoint"
+    with pytest.raises(KeyboardInterrupt):
+        train(small_job(run, pico, encoded, tmp_path / "a"), LocalSession(checkpoint, stop_after=3))
+    other = shutil.copytree(pico, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    for name, run_, dense in (
+        ("rate", small_run(pico, data_folder, learning_rate=1e-3), pico),
+        ("model", run, other),
+    ):
+        with pytest.raises(TrainingFailed, match=r"^the checkpoint .* is of another run or another model"):
+            train(small_job(run_, dense, encoded, tmp_path / name), LocalSession(checkpoint, resume=True))
 
 
 def test_bfloat16_does_not_depend_on_the_micro_batch(
