@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray.util
 
 PORTS = range(20_000, 32_000)
 """Outside Ray's own range for workers (10002-19999) and the kernel's for outgoing connections (32768-60999)."""
@@ -118,7 +117,7 @@ class Cluster:
         self._short = tempfile.TemporaryDirectory(prefix="rc")  # sockets' paths are limited to 107 bytes
         self.home, self.ray_folder = Path(self._short.name) / "h", Path(self._short.name) / "r"
         self.token = secrets.token_hex(32)
-        self.ip = ray.util.get_node_ip_address()
+        self.ip = _own_address()
         self.port, self.dashboard_port = free_ports(2)
         self._started, self.nodes = 0, list[Node]()
         self.head: Node | None = None
@@ -227,6 +226,12 @@ class Cluster:
 
 _PORTS = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
 """Free ones, instead of those that every other cluster of the machine takes as well."""
+
+
+def _own_address() -> str:
+    """This machine's as a new process of Ray sees it: in one that is connected, it is that cluster's."""
+    ask = [sys.executable, "-c", "import ray.util; print(ray.util.get_node_ip_address())"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def free_ports(count: int) -> list[int]:

@@ -121,11 +121,20 @@ def step(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
 
 def finite(module: nn.Module) -> bool:
     """Whether all parameters of all workers are numbers; every worker calls it, all get the same answer."""
-    own = [getattr(p, "ds_tensor", p).detach() for p in module.parameters()]
+    own = [_own_share(p).detach() for p in module.parameters()]
     bad = torch.stack([(~torch.isfinite(p)).any() for p in own]).any().float()
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(bad)
     return not bool(bad)
+
+
+def _own_share(parameter: Any) -> Tensor:
+    """What this worker holds of a parameter; under ZeRO-3 without the padding behind it, which is any memory."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter  # type: ignore[no-any-return]
+    share: Tensor = parameter.ds_tensor.flatten()
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    return share[: max(0, parameter.ds_numel - rank * share.numel())]
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:

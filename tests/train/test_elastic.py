@@ -20,7 +20,7 @@ from raymoe.train.job import TrainJob
 from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
-STEPS = 120
+STEPS = 300
 ROOT = Path(__file__).parents[2]
 
 
