@@ -20,7 +20,9 @@ from raymoe.train.job import TrainJob
 from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
-STEPS = 300
+STEPS = 600
+COMPARED = 200
+"""Of these the losses are compared; nodes come and go before."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,7 +65,17 @@ def command(folder: Path, pico: Path, data: Path, *more: str) -> list[str]:
         "--micro-batch",
         "1",
     ]
-    return [*words, "--zero-stage", "1", "--no-gpu", "--storage", str(folder), *more]
+    return [
+        *words,
+        "--zero-stage",
+        "1",
+        "--no-gpu",
+        "--optimization.learning-rate",
+        "1e-4",
+        "--storage",
+        str(folder),
+        *more,
+    ]
 
 
 class Watch:
@@ -143,13 +155,15 @@ def alone(storage: Path, monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
     run = Run.model_validate_json((trained / "run.json").read_text())
     out = storage / "alone"
     out.mkdir()
-    session = LocalSession()
-    train(TrainJob(run, Execution(micro_batch=1), Path(run.model.name), recipe, data, out), session)
+    session = LocalSession(out / "checkpoint", stop_after=COMPARED)
+    execution = Execution(micro_batch=1, checkpoint_every=COMPARED)
+    with pytest.raises(KeyboardInterrupt):
+        train(TrainJob(run, execution, Path(run.model.name), recipe, data, out), session)
     return session.losses()
 
 
 def announce(cluster: Cluster, resource: str) -> None:
-    """What a cloud's notice comes to in Ray: the node that has `resource` is drained, within a minute."""
+    """What a cloud's notice comes to in Ray: the node that has `resource` is drained, in 15 seconds."""
     find = f"""
 import ray
 ray.init(address={cluster.address!r}, log_to_driver=False)
@@ -157,7 +171,7 @@ print(*[n["NodeID"] for n in ray.nodes() if n["Resources"].get({resource!r})])
 """
     (node,) = ray_says(cluster, sys.executable, "-c", find).split()
     words = ["ray", "drain-node", "--address", cluster.address, "--node-id", node, "--reason-message", "spot"]
-    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "60"]
+    words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "15"]
     ray_says(cluster, *words)
 
 
