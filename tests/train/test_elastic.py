@@ -20,7 +20,7 @@ from raymoe.train.job import TrainJob
 from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
-STEPS = 600
+STEPS = 900
 COMPARED = 200
 """Of these the losses are compared; nodes come and go before."""
 ROOT = Path(__file__).parents[2]
