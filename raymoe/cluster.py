@@ -214,8 +214,7 @@ def decided(execution: Execution) -> Execution:
     """`execution` with what the cluster decides filled in: a trial does not ask again, when a node may be away."""
     gpu = uses_gpu(execution)
     workers = execution.workers or _worker_limit(gpu)
-    most = workers[1] if isinstance(workers, tuple) else workers
-    cpus = execution.cpus_per_worker or _cpus_of_worker(gpu, most)
+    cpus = execution.cpus_per_worker or _cpus_of_worker(gpu, execution.most_workers or _worker_limit(gpu))
     return execution.model_copy(update={"gpu": gpu, "workers": workers, "cpus_per_worker": cpus})
 
 

@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -148,8 +147,6 @@ class Watch:
         self._lost = since
 
     def _write(self, now: float) -> None:
-        if isinstance(self._file, Path):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self._file, self._text().encode())
         self._written = now
 
