@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 from harness import commit
-from live_cluster import Cluster, answers, free_ports
+from live_cluster import Cluster, Node, answers, free_ports
 
 from raymoe.config import Run, replace
 from raymoe.sweep import Sweep
@@ -154,8 +154,9 @@ class Faults:
         return self._kill("TrainController")
 
     def node(self) -> str | None:
-        """A node is gone; another comes."""
-        node = self.chance.choice(self.cluster.nodes)
+        """A node is gone, one that trains if there is any; another comes."""
+        nodes = self.cluster.nodes
+        node = self.chance.choice([n for n in nodes if _running("RayTrainWorker", [n])] or nodes)
         node.kill()
         self.cluster.nodes.remove(node)
         self.cluster.add_node(num_cpus=1)
@@ -206,12 +207,15 @@ class Faults:
 
     def _find(self, title: str) -> list[psutil.Process]:
         nodes = [*self.cluster.nodes, *([self.cluster.head] if self.cluster.head else [])]
-        return sorted(
-            (p for node in nodes for p in node.processes() if title in _title(p)), key=lambda p: p.pid
-        )
+        return _running(title, nodes)
 
 
 KINDS = ("worker", "trial_driver", "controller", "node", "job", "head", "tracking", "disk")
+
+
+def _running(title: str, nodes: Sequence[Node]) -> list[psutil.Process]:
+    """Processes of the nodes that have `title` in their command line."""
+    return sorted((p for node in nodes for p in node.processes() if title in _title(p)), key=lambda p: p.pid)
 
 
 def _title(process: psutil.Process) -> str:
@@ -239,7 +243,7 @@ def disturb(
     return hit
 
 
-def _wait_for_training(faults: Faults, seconds: float = 180) -> bool:
+def _wait_for_training(faults: Faults, seconds: float = 400) -> bool:
     """Until a trial has made a step since now; False if the sweep has ended."""
     before = _newest_row(faults)
     deadline = time.monotonic() + seconds
