@@ -535,11 +535,9 @@ def _plan(command: Command) -> int:
 
 def _trial_jobs(file: str, job: Job) -> dict[str, Job]:
     """The runs of a sweep file, by the names of its trials."""
-    from raymoe.sweep import load, trials_of
+    from raymoe.sweep import jobs_of, load, trials_of
 
-    parts = {"execution": job.execution}
-    trials = trials_of(load(Path(file)), job.run())
-    return {t.name: Job(**{n: getattr(t.run, n) for n in type(t.run).model_fields}, **parts) for t in trials}
+    return jobs_of(trials_of(load(Path(file)), job.run()), job.execution)
 
 
 VERBS: dict[str, Verb] = {

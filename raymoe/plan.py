@@ -381,7 +381,10 @@ def show_sweep(made: Mapping[str, Any]) -> None:
     title = f"on {made['gpus']} x {made['gpu']} each, at an assumed MFU of {made['mfu']:g}"
     print_rows(title, [_trial_row(row) for row in made["trials"]])
     if made["hours"] is None:
-        print("hours and price are unknown until the instructions are in the store, or with --tokens N")
+        print(
+            "hours and price are unknown until the instructions are in the store; "
+            "`raymoe plan --tokens N` takes a number"
+        )
         return
     money = f", {made['price']:,.2f}" if made["price"] is not None else ""
     print(f"all trials: {made['hours']:,.2f} h{money} (prices: {made['prices']})")

@@ -111,12 +111,18 @@ def trials_of(sweep: Sweep, base: Run) -> list[Trial]:
     return trials
 
 
+def jobs_of(trials: Iterable[Trial], execution: Execution) -> dict[str, Job]:
+    """Each trial as the configuration of a run of its own, by its name."""
+    parts = {"execution": execution}
+    return {t.name: Job(**{n: getattr(t.run, n) for n in type(t.run).model_fields}, **parts) for t in trials}
+
+
 def execute(sweep: Sweep, job: Job, options: Options) -> int:
     """Run `sweep` from the configuration `job`; returns the exit code (1: a trial failed, 130: interrupted)."""
     store = Store(job.execution.storage)
     trials = trials_of(sweep, job.run())
     if options.dry_run:
-        _print_plan(sweep, trials, store, options)
+        _print_plan(sweep, trials, store, job.execution, options)
         return 0
     check_storage(job.execution.storage)
     store.check_writable()
@@ -409,11 +415,14 @@ def _evaluations(store: Store, trial: Trial) -> list[dict[str, float]]:
     return [{"step": row["step"], **row["metrics"]} for row in rows if "eval/loss" in row["metrics"]]
 
 
-def _print_plan(sweep: Sweep, trials: Sequence[Trial], store: Store, options: Options) -> None:
-    """The dry run: stages and trials, and which are there already."""
+def _print_plan(
+    sweep: Sweep, trials: Sequence[Trial], store: Store, execution: Execution, options: Options
+) -> None:
+    """The dry run: stages and trials, which are there already, and what the others will cost."""
     shared = stages.upstream(t.stage for t in trials)
+    cost = _cost(trials, execution)
     if options.json:
-        print(to_json(_plan(sweep, trials, shared, store)))
+        print(to_json({**_plan(sweep, trials, shared, store), "cost": cost}))
         return
     print(f"{sweep.name}: {sweep.question}\n")
     for title, some in (("shared stages", shared), ("trials", [t.stage for t in trials])):
@@ -423,8 +432,24 @@ def _print_plan(sweep: Sweep, trials: Sequence[Trial], store: Store, options: Op
             state = "in the store" if stage.find(store) else "to do"
             print(f"  {state:<13} {stage.key:<30} {names.get(stage.key, '')}")
     print(f"\n{len(trials)} trials, {len(shared)} shared stages; store: {store.root}")
-    # Not here: that takes torch and the model's shape, seconds of imports.
-    print("memory, hours and money: `raymoe plan`, with --sweep FILE of all trials")
+    if isinstance(cost, str):
+        print(f"memory, hours and money can't be told: {cost}")
+        return
+    from raymoe.plan import show_sweep
+
+    show_sweep(cost)
+    print("other GPUs, all settings: `raymoe plan`, with --sweep FILE of all trials")
+
+
+def _cost(trials: Sequence[Trial], execution: Execution) -> dict[str, Any] | str:
+    """The planner's words on the trials, with the GPUs of cluster.yaml, or why it has none."""
+    from raymoe.plan import parsed, plan_sweep
+
+    jobs = jobs_of(trials, execution)
+    try:
+        return plan_sweep(jobs, parsed({}, next(iter(jobs.values()))))
+    except InputError as error:
+        return str(error)
 
 
 def _plan(

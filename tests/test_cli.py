@@ -99,7 +99,7 @@ for line in sys.argv[1:]:
 """
 
 
-def test_help_mistakes_and_plans_import_nothing_heavy(tmp_path: Path) -> None:
+def test_help_mistakes_and_dry_runs_of_stages_import_nothing_heavy(tmp_path: Path) -> None:
     sweep = Path(raymoe.__file__).parents[1] / "sweeps" / "num_experts.py"
     lines = [
         "--help",
@@ -109,8 +109,7 @@ def test_help_mistakes_and_plans_import_nothing_heavy(tmp_path: Path) -> None:
         "trian",
         "train --no-such-key 1",
         "train none.yaml",
-        "train --dry-run --method trsu",
-        f"sweep {sweep} --dry-run",
+        "represent --dry-run --method trsu",
         "report --sweep",
     ]
     command = [sys.executable, "-c", IMPORTS, *lines]

@@ -20,23 +20,42 @@ from live_cluster import answers
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = """
-import os, sys
+import os, sys, threading, time
+from pathlib import Path
 import ray
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 from raymoe.cluster import connected
 from raymoe.config import Execution
+from raymoe.train.process_group import ProcessGroup
 
-@ray.remote(num_cpus=0)
-class Worker:
-    def there(self):
-        return True
+HOME = Path(os.environ["HOME"])
+
+def loop(config):
+    import torch.distributed
+    torch.distributed.barrier()
+    (config["home"] / f"joined-{torch.distributed.get_rank()}").touch()
+    while not (config["home"] / "end").exists():
+        time.sleep(0.1)
 
 with connected(Execution()):
-    worker = Worker.remote()  # a worker's sockets count too
-    ray.get(worker.there.remote())
-    with open(os.environ["HOME"] + "/.address", "w") as file:
-        file.write(ray.get_runtime_context().gcs_address)
-    os.rename(file.name, os.environ["HOME"] + "/address")
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"home": HOME},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        torch_config=ProcessGroup(backend="gloo"),
+        run_config=RunConfig(storage_path=str(HOME / "runs")),
+    )
+    training = threading.Thread(target=trainer.fit)
+    training.start()
+    while not all((HOME / f"joined-{rank}").exists() for rank in range(2)):
+        assert training.is_alive()
+        time.sleep(0.1)
+    (HOME / ".address").write_text(ray.get_runtime_context().gcs_address)
+    (HOME / ".address").rename(HOME / "address")
     sys.stdin.read()
+    (HOME / "end").touch()
+    training.join()
 """
 
 
@@ -107,7 +126,7 @@ def ask(address: str, service: str, shown: str | None) -> Any:
 def test_every_socket_of_a_local_cluster_is_on_the_loopback(local: Local) -> None:
     sockets = local.listening()
     assert {"gcs_server", "raylet"} <= {name for name, _, _ in sockets}
-    assert any("Worker" in name for name, _, _ in sockets)
+    assert any("RayTrainWorker" in name for name, _, _ in sockets)
     ips = {(name, ip): ipaddress.ip_address(ip) for name, ip, _ in sockets}
     plain = {key: getattr(ip, "ipv4_mapped", None) or ip for key, ip in ips.items()}
     assert not [key for key, ip in plain.items() if not ip.is_loopback]

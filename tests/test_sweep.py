@@ -141,13 +141,29 @@ def test_the_dry_run_says_what_is_there_already(tmp_path: Path, capsys: pytest.C
     assert len(there) + len(todo) == len(stages.upstream(t.stage for t in trials)) + 2
 
 
+def test_a_dry_run_says_what_the_trials_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dry-run", "--storage", str(tmp_path)]
+    assert cli.run_sweep(sweep_over(2, 4), words) == 0
+    known = capsys.readouterr().out
+    assert "on 1 x l40s each" in known and "--zero-stage 0 --micro-batch" in known
+    assert cli.run_sweep(sweep_over(2, 4), [*words, "--model.name", "nobody/nothing"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith(
+        "memory, hours and money can't be told: model.name: 'nobody/nothing' is not in"
+    )
+
+
 def test_the_dry_run_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = Job(execution=Execution(storage=str(tmp_path)))
     trials = trials_of(sweep_over(2, 4), job.run())
     stage = trials[1].stage
     Store(tmp_path).make(stage.name, stage.identity, lambda folder: {})
     assert execute(sweep_over(2, 4), job, Options(dry_run=True, json=True)) == 0
-    assert json.loads(capsys.readouterr().out) == {
+    told = json.loads(capsys.readouterr().out)
+    rows = told.pop("cost")["trials"]
+    assert [(row["trial"], row["in_store"]) for row in rows] == [("2", False), ("4", True)]
+    assert [row["active"] for row in rows] != [row["total"] for row in rows]
+    assert told == {
         "sweep": "experts",
         "question": "how many?",
         "store": str(tmp_path),

@@ -17,7 +17,7 @@ from typing import Any
 import ray.train
 from ray import tune
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.tune.trainable.trainable_fn_utils import _in_tune_session
 
@@ -27,6 +27,7 @@ from raymoe.lease import is_held_by
 from raymoe.storage import Location, Remote, delete, ray_storage, read_file, replace_file, scratch, writing
 from raymoe.tracking import MetricLog, metric_log, read_rows
 from raymoe.train.job import TrainingFailed, TrainJob, stop_flag
+from raymoe.train.process_group import ProcessGroup
 
 FAILURE = "failure.txt"
 KEPT_SNAPSHOT = "checkpoints.kept.json"
@@ -56,7 +57,7 @@ def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
+        torch_config=ProcessGroup(backend="nccl" if workers.gpu else "gloo"),
         run_config=RunConfig(
             name=name,
             **ray_storage(storage),
