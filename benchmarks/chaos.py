@@ -4,7 +4,7 @@
 
 Two nodes of one CPU train four trials, two at a time. At random moments one of these is ended by SIGKILL: a
 training worker, the driver of a trial, the controller of its workers, a node, the sweep's own process, Ray's head
-with all that runs on it; or a worker's writes to the disk begin to fail; or the MLflow server is gone for some
+with all that runs on it; or a worker's writes to the disk begin to fail; or the MLflow server is gone for up to 75
 seconds. What a user would do is done: a node is replaced, the server started again, the same command given again.
 Where a sweep ends before all faults are injected, one with the next seed follows.
 
@@ -181,11 +181,10 @@ class Faults:
         return "head"
 
     def tracking(self) -> str | None:
-        """The MLflow server is gone for some seconds."""
-        if self.mlflow is None:
-            return None
+        """The MLflow server is gone for a while."""
+        assert self.mlflow is not None
         self.mlflow.kill()
-        seconds = self.chance.uniform(5, 20)
+        seconds = self.chance.uniform(5, 75)
         time.sleep(seconds)
         self.mlflow.start()
         return f"MLflow for {seconds:.0f} s"
@@ -231,13 +230,12 @@ def disturb(
     """Inject `kinds` one after the other, each up to `pause` seconds after trials train; returns those that hit
     something before the sweep ended."""
     hit: list[str] = []
-    for kind in kinds:
-        if not _wait_for_training(faults):
-            break
+    while len(hit) < len(kinds) and _wait_for_training(faults):
         time.sleep(faults.chance.uniform(0.0, pause))
         if faults.sweeping.process.poll() is not None:
             break
-        if what := getattr(faults, kind)():
+        kind = kinds[len(hit)]
+        if what := getattr(faults, kind)():  # else its victim has just ended: the next one
             hit.append(kind)
             say(f"{kind:<13} {what}")
     return hit

@@ -171,7 +171,7 @@ class Cluster:
         node = Node(arguments, {**self.environment, **(environment or {})}, log)
         self.nodes.append(node)
         if wait:
-            _wait(lambda: _says_started(node), node, 90)
+            _wait(lambda: _says_started(node), node)
         return node
 
     def kill_head(self) -> None:
@@ -205,9 +205,9 @@ class Cluster:
         self.head = Node(
             [*arguments, *self._head_options], {**self.environment, **self._head_environment}, log
         )
-        _wait(lambda: _says_started(self.head), self.head, 90)
+        _wait(lambda: _says_started(self.head), self.head)
         if self._dashboard:
-            _wait(lambda: answers("127.0.0.1", self.dashboard_port), self.head, 60)
+            _wait(lambda: answers("127.0.0.1", self.dashboard_port), self.head)
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         """Of this process, without what points to another cluster, with what all of this cluster need."""
@@ -262,7 +262,7 @@ def _says_started(node: Node | None) -> bool:
     return node is not None and "Ray runtime started." in node.log.read_text(errors="replace")
 
 
-def _wait(ready: Callable[[], bool], node: Node, seconds: float) -> None:
+def _wait(ready: Callable[[], bool], node: Node, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         if not node.running or time.monotonic() > deadline:

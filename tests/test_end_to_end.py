@@ -198,7 +198,7 @@ def test_a_killed_worker_goes_on_with_the_identical_losses(
     base = Run(
         model={"name": str(pico)},  # type: ignore[arg-type]
         data={"train": str(data_folder), "max_length": 128},  # type: ignore[arg-type]
-        optimization={"batch_size": 4, "max_steps": 40, "num_epochs": 20},  # type: ignore[arg-type]
+        optimization={"batch_size": 4, "max_steps": 100, "num_epochs": 50},  # type: ignore[arg-type]
         evaluation={"milestones": (1.0,), "generation_examples": 0},  # type: ignore[arg-type]
     )
     run = replace(base, {"method.num_experts": 4})
@@ -222,7 +222,7 @@ def test_a_killed_worker_goes_on_with_the_identical_losses(
             for row in read_rows(output.path / "metrics.jsonl")
             if "train/loss" in row["metrics"]
         ]
-    assert [step for step, _ in losses["killed"]] == list(range(1, 41))
+    assert [step for step, _ in losses["killed"]] == list(range(1, 101))
     assert losses["killed"] == losses["calm"]
 
 
