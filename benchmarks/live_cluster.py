@@ -80,14 +80,6 @@ class Node:
             psutil.wait_procs(living, timeout=0.5)
         raise RuntimeError(f"processes of a node outlive SIGKILL: {self.processes()}")
 
-    def stop(self, seconds: float = 10) -> None:
-        """SIGTERM to its `ray start`, which ends the node; after `seconds` SIGKILL to what is left."""
-        processes = self.processes()
-        if self.running:
-            self._process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(processes, timeout=seconds)
-        self.kill()
-
     def _owns(self, process: psutil.Process) -> bool:
         if process.pid == self.pid or _quietly(lambda: os.getsid(process.pid), None) == self.pid:
             return True
@@ -189,7 +181,7 @@ class Cluster:
     def stop(self) -> None:
         """End every node, the head last, and remove Ray's files."""
         for node in [*self.nodes, *([self.head] if self.head else [])]:
-            node.stop()
+            node.kill()
         self.nodes, self.head = [], None
         shutil.rmtree(self._short.name, ignore_errors=True)
 

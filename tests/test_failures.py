@@ -19,7 +19,7 @@ from raymoe.train.job import TrainJob
 from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
-STEPS = 300
+STEPS = 200
 """More than the trials make between one fault and the next, however fast the machine."""
 SWEEP = """
 from raymoe.config import replace
