@@ -85,6 +85,7 @@ def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 def partition(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Spread the parameters of `module` over the workers at once (ZeRO-3), before the next one is made."""
+    _without_compiled_extensions()
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(config))
 
 
