@@ -122,7 +122,7 @@ def execute(sweep: Sweep, job: Job, options: Options) -> int:
     store = Store(job.execution.storage)
     trials = trials_of(sweep, job.run())
     if options.dry_run:
-        _print_plan(sweep, trials, store, job.execution, options)
+        _print_plan(sweep, trials, store, job, options)
         return 0
     check_storage(job.execution.storage)
     store.check_writable()
@@ -415,12 +415,10 @@ def _evaluations(store: Store, trial: Trial) -> list[dict[str, float]]:
     return [{"step": row["step"], **row["metrics"]} for row in rows if "eval/loss" in row["metrics"]]
 
 
-def _print_plan(
-    sweep: Sweep, trials: Sequence[Trial], store: Store, execution: Execution, options: Options
-) -> None:
+def _print_plan(sweep: Sweep, trials: Sequence[Trial], store: Store, job: Job, options: Options) -> None:
     """The dry run: stages and trials, which are there already, and what the others will cost."""
     shared = stages.upstream(t.stage for t in trials)
-    cost = _cost(trials, execution)
+    cost = _cost(trials, job)
     if options.json:
         print(to_json({**_plan(sweep, trials, shared, store), "cost": cost}))
         return
@@ -441,13 +439,12 @@ def _print_plan(
     print("other GPUs, all settings: `raymoe plan`, with --sweep FILE of all trials")
 
 
-def _cost(trials: Sequence[Trial], execution: Execution) -> dict[str, Any] | str:
+def _cost(trials: Sequence[Trial], job: Job) -> dict[str, Any] | str:
     """The planner's words on the trials, with the GPUs of cluster.yaml, or why it has none."""
     from raymoe.plan import parsed, plan_sweep
 
-    jobs = jobs_of(trials, execution)
     try:
-        return plan_sweep(jobs, parsed({}, next(iter(jobs.values()))))
+        return plan_sweep(jobs_of(trials, job.execution), parsed({}, job))
     except InputError as error:
         return str(error)
 

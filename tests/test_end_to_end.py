@@ -122,10 +122,12 @@ def test_a_sweep_with_a_failing_trial_interrupted_and_run_again(user: User) -> N
     assert "loss is" in failed["error"] and "at step" in failed["error"]
     check_mlflow(user, rows)
 
-    third = user.start("--dry-run")
+    third = user.start()
     stdout, stderr = third.communicate(timeout=200)
-    states = {line.split()[-1]: line.split()[:2] for line in stdout.splitlines() if " train-" in line}
-    assert states == {name: ["to", "do"] if name == "su-1e+30" else ["in", "the"] for name in rows}
+    assert "4 trials, 3 of them already in" in stderr
+    assert "dense-0.01: started" not in stderr
+    assert "FAILED" in stdout and "FINISHED" in stdout
+    assert user.history("dense-0.01", "train/loss") == [1, 2, 3, 4, 5, 6]
     check_export(user, rows["simoe-0.01"])
 
 

@@ -16,11 +16,15 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from deepspeed.ops import __compatible_ops__
 from torch import Tensor, nn
 
 from raymoe.config import Execution, Optimization
 from raymoe.models.moe import SparseMoE
 from raymoe.storage import scratch
+
+# DeepSpeed would compile collectives of its own for CPUs on first use: 80 s, and it needs g++.
+__compatible_ops__["deepspeed_shm_comm"] = False
 
 TAG = "state"
 IN_PROCESS = 2**30
@@ -58,7 +62,6 @@ def start(
     model: nn.Module, config: Mapping[str, Any], optimization: Optimization
 ) -> deepspeed.DeepSpeedEngine:
     """The engine for `model`; every worker calls it, inside an initialised process group."""
-    _without_compiled_extensions()
     if config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [SparseMoE], raise_if_not_found=False)
     optimizer = torch.optim.AdamW(
@@ -85,15 +88,7 @@ def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 def partition(module: nn.Module, config: Mapping[str, Any]) -> None:
     """Spread the parameters of `module` over the workers at once (ZeRO-3), before the next one is made."""
-    _without_compiled_extensions()
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(config))
-
-
-def _without_compiled_extensions() -> None:
-    """Keep DeepSpeed from compiling its shared-memory collectives on first use (80 s, needs g++)."""
-    from deepspeed.ops import __compatible_ops__
-
-    __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:

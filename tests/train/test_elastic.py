@@ -35,17 +35,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 def command(folder: Path, pico: Path, data: Path, *more: str) -> list[str]:
     words = ["--method", "su", "--model.name", str(pico), "--data.train", str(data), "--storage", str(folder)]
-    words += [
-        "--max-length",
-        "128",
-        "--batch-size",
-        "8",
-        "--micro-batch",
-        "1",
-        "--zero-stage",
-        "1",
-        "--no-gpu",
-    ]
+    words += ["--max-length", "128", "--batch-size", "8", "--micro-batch", "1"]
+    words += ["--zero-stage", "1", "--no-gpu"]
     words += ["--max-steps", str(ENDLESS), "--num-epochs", str(ENDLESS), "--milestones", "1.0"]
     words += ["--generation-examples", "0", "--optimization.learning-rate", "1e-4"]
     words += ["--optimization.schedule", "constant", "--optimization.warmup-fraction", "0"]
@@ -107,6 +98,8 @@ def test_a_run_goes_on_while_nodes_leave_and_come(
     finally:
         run.kill()
     print([(a[0], a[-1]) for a in watch.attempts()])
+    first, then, *_ = watch.attempts()
+    assert {workers for _, workers in first} == {2} and then[0][0] > 5
     environment(monkeypatch.setenv, 0, 1, free_port())
     undisturbed = alone(pico, data_folder, storage, len(logged))
     apart = max(abs(undisturbed[step] - logged[step]) for step in logged)

@@ -201,6 +201,8 @@ def _distributed_worker(rank: int, world: int, port: int, job: TrainJob, out: Pa
     train(job, session)
     if rank == 0:
         (out / "losses.json").write_text(json.dumps([session.losses(), session.rows[-1][1]]))
+    torch.distributed.barrier()  # neither leaves while the other still needs it
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
