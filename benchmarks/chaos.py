@@ -34,7 +34,7 @@ from harness import commit
 from live_cluster import Cluster, Node, answers, free_ports
 
 from raymoe.config import Run, replace
-from raymoe.sweep import Sweep
+from raymoe.sweep.definition import Sweep
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("dense", "su", "crsu", "simoe")

@@ -20,7 +20,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from torch import Tensor
 from torch.nn import functional as F
 
-from raymoe.data.clusters import kmeans
+from raymoe.routers.kmeans import kmeans
 
 STARTS = 4
 SHAPE = {"layers": 8, "tokens": 20_000, "width": 256, "clusters": 8}

@@ -23,11 +23,13 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raymoe.config import Data, Dense, Evaluation, Execution, Model, Optimization, Run
-from raymoe.data.instructions import Batch, Encoded, collate
+from raymoe.config import Data, Evaluation, Execution, Model, Optimization, Run
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import Batch, collate
+from raymoe.methods import Dense
 from raymoe.models.causal_loss import CausalLoss
-from raymoe.train.job import TrainJob
-from raymoe.train.worker import Trainer, load_model
+from raymoe.train.spec import WorkerSpec
+from raymoe.train.worker import Trainer, starting_model
 
 SHAPES = {  # width, FFN width, layers, vocabulary, tokens of a sequence, sequences of a step
     "cpu": (512, 1408, 4, 2048, 256, 8),
@@ -67,7 +69,7 @@ class LocalSession:
         """Nobody is told."""
 
 
-def prepare(shape: str, steps: int, root: Path) -> TrainJob:
+def prepare(shape: str, steps: int, root: Path) -> WorkerSpec:
     """Write model, tokenizer and instructions of random tokens; one job that trains `steps` steps."""
     width, ffn, layers, vocab, length, batch = SHAPES[shape]
     settings = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers}
@@ -87,7 +89,7 @@ def prepare(shape: str, steps: int, root: Path) -> TrainJob:
         evaluation=Evaluation(milestones=(1.0,)),
     )
     execution = Execution(micro_batch=batch, zero_stage=0)
-    return TrainJob(run, execution, root / "dense", None, root / "data", root / "out")
+    return WorkerSpec(run, execution, root / "dense", None, root / "data", root / "out")
 
 
 def _instructions(count: int, length: int, vocab: int) -> Encoded:
@@ -100,9 +102,9 @@ def _instructions(count: int, length: int, vocab: int) -> Encoded:
 class BareLoop:
     """The same steps written out."""
 
-    def __init__(self, job: TrainJob, batches: Iterator[Batch], device: str) -> None:
+    def __init__(self, job: WorkerSpec, batches: Iterator[Batch], device: str) -> None:
         o = job.run.optimization
-        self.model = CausalLoss(load_model(job)).to(device).train()
+        self.model = CausalLoss(starting_model(job)).to(device).train()
         self.batches, self.clip = batches, o.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -140,7 +142,7 @@ def main() -> None:
         job = prepare("tiny" if o.size == "tiny" else o.device, o.rounds + 1, Path(folder))
         session = LocalSession(o.device)
         trainer = Trainer(job, session)
-        windows = [trainer.order.windows(step) for step in range(o.rounds + 1)]
+        windows = [trainer.order.sequences(step) for step in range(o.rounds + 1)]
         length = job.run.data.max_length
         batches = [collate(trainer.encoded, w, length).to(o.device) for w in windows]
         bare = BareLoop(job, iter(batches), o.device)

@@ -33,21 +33,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from raymoe.analysis.size import WEIGHT_BYTES, count, on_meta
-from raymoe.config import (
-    Data,
-    Dense,
-    Evaluation,
-    Execution,
-    Job,
-    Model,
-    Optimization,
-    Run,
-    SparseInterpolation,
-    SparseUpcycling,
-)
+from raymoe.config import Data, Evaluation, Execution, Model, Optimization, Run, RunFile
 from raymoe.data.instructions import Encoded
-from raymoe.plan import BUCKET, settings
-from raymoe.train.job import TrainJob
+from raymoe.methods import Dense, SparseInterpolation, SparseUpcycling
+from raymoe.plan.memory import BUCKET, settings
+from raymoe.train.spec import WorkerSpec
 from raymoe.train.worker import Trainer
 from raymoe.upcycle import router, write_recipe
 
@@ -112,7 +102,7 @@ class Place(LocalSession):
         self.rank, self.world_size = rank, workers
 
 
-def prepare(case: Case, root: Path) -> TrainJob:
+def prepare(case: Case, root: Path) -> WorkerSpec:
     """Write what the worker reads, of random tokens."""
     write_dense(root / "dense")
     batch = 2 * MICRO_BATCH * case.workers
@@ -139,7 +129,7 @@ def prepare(case: Case, root: Path) -> TrainJob:
         micro_batch=MICRO_BATCH, zero_stage=case.zero_stage, activation_checkpointing=case.checkpointing
     )
     recipe, prompts = (root / name if (root / name).exists() else None for name in ("recipe", "prompts"))
-    return TrainJob(run, execution, root / "dense", recipe, root / "data", root / "out", prompts)
+    return WorkerSpec(run, execution, root / "dense", recipe, root / "data", root / "out", prompts)
 
 
 def write_dense(folder: Path) -> None:
@@ -174,7 +164,7 @@ def measured(cases: Sequence[Case]) -> dict[Case, int]:
     return found
 
 
-def _worker(rank: int, workers: int, port: int, jobs: Sequence[TrainJob], out: Path) -> None:
+def _worker(rank: int, workers: int, port: int, jobs: Sequence[WorkerSpec], out: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
@@ -190,7 +180,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def peak(job: TrainJob, session: Place) -> int:
+def peak(job: WorkerSpec, session: Place) -> int:
     """The most bytes in the second step."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -211,7 +201,7 @@ def peak(job: TrainJob, session: Place) -> int:
 def estimated(case: Case) -> int:
     """What the planner says of it."""
     model, method = on_meta(LlamaConfig(**SHAPE)), METHODS[case.method]
-    job = Job(
+    job = RunFile(
         method=method,
         data=Data(max_length=LENGTH),
         optimization=Optimization(batch_size=2 * MICRO_BATCH * case.workers),

@@ -16,9 +16,11 @@ from harness import figure, interleaved, parser
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from raymoe.data.instructions import Batch, Encoded, collate
-from raymoe.data.perplexity import consecutive_packs, score
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import Batch, collate
 from raymoe.models.packed_attention import PACKED_ATTENTION
+from raymoe.routers.actors import consecutive_packs
+from raymoe.routers.perplexity import score
 
 TOKENS_PER_BATCH = 2048
 NAIVE_BATCH = 8

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raymoe.analysis.size import sizes
-from raymoe.config import SparseInterpolation, SparseUpcycling
+from raymoe.methods import SparseInterpolation, SparseUpcycling
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.moe import upcycle_model
 from raymoe.models.simoe import gate_layout

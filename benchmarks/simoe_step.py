@@ -33,8 +33,8 @@ from harness import Rounds, figure, interleaved, parser
 from step import GOALS, Contest, Contestant, fast_float32
 from torch import Tensor, nn
 
-from raymoe.config import SparseInterpolation
-from raymoe.data.instructions import Batch
+from raymoe.data.packing import Batch
+from raymoe.methods import SparseInterpolation
 from raymoe.models import simoe
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.train.masks import MaskTrainer

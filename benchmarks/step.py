@@ -29,8 +29,9 @@ from harness import Rounds, figure, interleaved, parser
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from raymoe.config import SparseUpcycling
-from raymoe.data.instructions import Batch, Encoded, collate
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import Batch, collate
+from raymoe.methods import SparseUpcycling
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.moe import upcycle_model
 from raymoe.models.packed_attention import PACKED_ATTENTION

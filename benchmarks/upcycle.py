@@ -26,7 +26,7 @@ from harness import Rounds, figure, parser
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from raymoe.config import SparseUpcycling
+from raymoe.methods import SparseUpcycling
 from raymoe.upcycle import router, write_recipe
 from raymoe.upcycle.checkpoint import materialize
 

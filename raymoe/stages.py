@@ -19,23 +19,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from raymoe.config import (
+from raymoe.config import Data, Evaluation, Execution, Model, Optimization, Run
+from raymoe.methods import (
     ContextRepresentations,
-    Data,
     Dense,
-    Evaluation,
-    Execution,
     Experts,
-    InputError,
-    Model,
-    Optimization,
     Representations,
-    Run,
     SparseInterpolation,
     TaskRepresentations,
 )
-from raymoe.storage import Location, delete, local, writing
-from raymoe.store import Output, Store, digest
+from raymoe.schema import InputError
+from raymoe.storage.location import Location, delete, local, writing
+from raymoe.storage.store import Output, Store, digest
 
 REVISIONS = {
     "corpus": 1,
@@ -87,7 +82,7 @@ class Context:
     execution: Execution
     say: Callable[[str], None] = print
     lease: str | None = None
-    """Of the training that is being done: its id (raymoe.lease)."""
+    """Of the training that is being done: its id (raymoe.storage.lease)."""
 
 
 def make(stage: Stage, context: Context) -> Output:
@@ -114,7 +109,7 @@ def _alone(stage: Stage, context: Context) -> Iterator[Context]:
     if stage.trains is None:
         yield context
         return
-    from raymoe.lease import held
+    from raymoe.storage.lease import held
 
     def say(text: str) -> None:
         context.say(f"{stage.key}: {text}")
@@ -184,12 +179,12 @@ def training(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.cluster import uses_gpu
-        from raymoe.train.job import TrainJob
+        from raymoe.cluster.capacity import uses_gpu
         from raymoe.train.launch import fit
+        from raymoe.train.spec import WorkerSpec
 
         # reading metrics waits for the device: on a GPU ten steps share one wait
-        job = TrainJob(
+        job = WorkerSpec(
             run=run,
             execution=context.execution,
             dense=dense.path(context.store),
@@ -206,7 +201,7 @@ def training(run: Run) -> Stage:
 
 
 def perplexity(run: Run) -> Stage:
-    """Perplexity of every training instance under the dense model."""
+    """Perplexity of every training example under the dense model."""
     dense, data = _dense(run), _instructions(run)
     identity = {
         **_head("perplexity"),
@@ -216,7 +211,7 @@ def perplexity(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.data.perplexity import score_all
+        from raymoe.routers.perplexity import score_all
 
         return score_all(
             data.path(context.store) / "train", dense.path(context.store), out, **_forward(context, run)
@@ -242,7 +237,7 @@ def representations(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.data.representations import extract_all
+        from raymoe.routers.representations import extract_all
 
         return extract_all(
             data.path(context.store) / "train",
@@ -275,7 +270,7 @@ def prompts(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.data.prompts import represent_all
+        from raymoe.routers.prompts import represent_all
 
         return represent_all(
             data.path(context.store),
@@ -300,7 +295,7 @@ def clusters(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.data.clusters import cluster
+        from raymoe.routers.kmeans import cluster
 
         result = cluster(local(source.path(context.store)), method, seed=run.seed)
         with writing(out) as folder:
@@ -340,7 +335,7 @@ class DenseModel:
         if self.stage:
             folder = self.stage.path(store)
             return folder / "model" if self.stage.name == "dense" else folder
-        from raymoe.models.seed import resolve
+        from raymoe.models.dense import resolve
 
         return resolve(self.model)
 
@@ -374,7 +369,7 @@ def _dense(run: Run) -> DenseModel:
     if run.model.name == "initial":
         stage = _initial(run)
         return DenseModel({"stage": stage.key}, run.model, stage)
-    from raymoe.models.seed import identity
+    from raymoe.models.dense import identity
 
     return DenseModel(identity(run.model), run.model)
 
@@ -410,7 +405,7 @@ def _initial(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.models.seed import write_initial
+        from raymoe.models.dense import write_initial
 
         texts = local(corpus.path(context.store) / "seed")
         with writing(out) as folder:
@@ -464,7 +459,7 @@ def _upcycle(run: Run, dense: DenseModel, data: Stage) -> Stage | None:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.models.seed import dimensions
+        from raymoe.models.dense import dimensions
         from raymoe.upcycle import router, write_recipe
 
         model = dense.path(context.store)
@@ -491,7 +486,7 @@ def _representation_method(run: Run) -> TaskRepresentations | ContextRepresentat
 
 def _forward(context: Context, run: Run) -> dict[str, Any]:
     """How the dense model is run over the data."""
-    from raymoe.cluster import uses_gpu
+    from raymoe.cluster.capacity import uses_gpu
 
     execution = context.execution
     return {

@@ -3,8 +3,7 @@
 python sweeps/load_balance_alpha.py [config.yaml] [--method trsu ...] [--dry-run]
 """
 
-from raymoe.config import Run, replace
-from raymoe.sweep import Point, Sweep, main
+from raymoe import Point, Run, Sweep, main, replace
 
 ALPHAS = (0.0, 0.001, 0.01, 0.1)
 

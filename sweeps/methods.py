@@ -3,8 +3,8 @@
 python sweeps/methods.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
 
-from raymoe.config import METHODS, Run, replace
-from raymoe.sweep import Point, Sweep, main
+from raymoe import Point, Run, Sweep, main, replace
+from raymoe.methods import METHODS
 
 SEEDS = (0, 1, 2)
 

@@ -3,8 +3,7 @@
 python sweeps/num_experts.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
 
-from raymoe.config import Run, replace
-from raymoe.sweep import Point, Sweep, main
+from raymoe import Point, Run, Sweep, main, replace
 
 METHODS = ("su", "trsu", "crsu", "simoe")
 NUM_EXPERTS = (2, 4)

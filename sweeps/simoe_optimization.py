@@ -3,8 +3,8 @@
 python sweeps/simoe_optimization.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
 
-from raymoe.config import Run, SparseInterpolation, replace
-from raymoe.sweep import Point, Sweep, main
+from raymoe import Point, Run, Sweep, main, replace
+from raymoe.methods import SparseInterpolation
 
 DEFAULT = SparseInterpolation()
 VARIATIONS: dict[str, list[float]] = {

@@ -3,8 +3,7 @@
 python sweeps/sparsity_target.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
 
-from raymoe.config import Run, replace
-from raymoe.sweep import Point, Sweep, main
+from raymoe import Point, Run, Sweep, main, replace
 
 TARGETS = (0.5, 0.75, 0.9, 0.95)
 

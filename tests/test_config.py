@@ -11,23 +11,11 @@ from transformers import LlamaConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from raymoe.config import (
-    METHODS,
-    ContextRepresentations,
-    Evaluation,
-    Execution,
-    InputError,
-    Job,
-    Run,
-    SparseUpcycling,
-    TaskRepresentations,
-    help_text,
-    load,
-    parse_overrides,
-    replace,
-    validate,
-)
+from raymoe.cli.options import help_text, parse_overrides
+from raymoe.config import Evaluation, Execution, Run, RunFile, load, replace, validate
+from raymoe.methods import METHODS, ContextRepresentations, SparseUpcycling, TaskRepresentations
 from raymoe.models.moe import SparseMoE
+from raymoe.schema import InputError
 
 
 def written(folder: Path, values: Any) -> Path:
@@ -36,13 +24,13 @@ def written(folder: Path, values: Any) -> Path:
     return file
 
 
-def command_line(text: str, file: Path | None = None) -> Job:
-    return load(Job, file, parse_overrides(text.split()))
+def command_line(text: str, file: Path | None = None) -> RunFile:
+    return load(RunFile, file, parse_overrides(text.split()))
 
 
 def problems(values: dict[str, Any]) -> list[str]:
     with pytest.raises(InputError) as caught:
-        validate(Job, values)
+        validate(RunFile, values)
     return str(caught.value).splitlines()
 
 
@@ -54,7 +42,7 @@ def test_command_line_wins_over_yaml_over_default(tmp_path: Path) -> None:
     job = command_line("--seed 4 --optimization.weight-decay 0.25", file)
     assert (job.seed, job.optimization.weight_decay) == (4, 0.25)
     assert job.optimization.batch_size == 16
-    assert job.optimization.num_epochs == Job().optimization.num_epochs
+    assert job.optimization.num_epochs == RunFile().optimization.num_epochs
 
 
 def test_a_method_named_in_yaml_keeps_its_settings_under_overrides(tmp_path: Path) -> None:
@@ -253,24 +241,24 @@ def test_messages(values: dict[str, Any], line: str) -> None:
 def test_a_file_that_is_no_configuration(tmp_path: Path, content: str, message: str) -> None:
     file = written(tmp_path, content)
     with pytest.raises(InputError) as caught:
-        load(Job, file)
+        load(RunFile, file)
     assert str(caught.value).startswith(f"{file}: {message}")
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        load(Job, tmp_path / "none.yaml")
+        load(RunFile, tmp_path / "none.yaml")
     with pytest.raises(InputError, match="directory"):
-        load(Job, tmp_path)
+        load(RunFile, tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not valid YAML"):
-        load(Job, tmp_path / "binary.yaml")
+        load(RunFile, tmp_path / "binary.yaml")
 
 
 def test_a_key_below_a_value_is_refused() -> None:
     with pytest.raises(InputError, match=r"train\.file: train is 'x', not a group of keys"):
-        load(Job, None, {"data.train": "x", "data.train.file": "y"})
+        load(RunFile, None, {"data.train": "x", "data.train.file": "y"})
 
 
 # ---- rules between settings
@@ -320,7 +308,7 @@ def test_confidence_is_above_chance_where_it_scales() -> None:
         "method: router_confidence 0.25 must be above 1/num_experts, chance, which is 0.25"
     ]
     for more in ({"router_confidence": 0.26}, {"router_rows": "raw"}, {"settings": "paper"}):
-        assert validate(Job, {"method": {**method, **more}})
+        assert validate(RunFile, {"method": {**method, **more}})
 
 
 def test_experts_implementations_are_those_of_transformers_and_compute_the_same() -> None:
@@ -344,10 +332,12 @@ def test_experts_implementations_are_those_of_transformers_and_compute_the_same(
 
 @pytest.mark.parametrize("name", ["trsu", "crsu"])
 def test_paper_settings_are_the_papers_unless_given(name: str) -> None:
-    paper = validate(Job, {"method": {"name": name, "settings": "paper"}}).method
+    paper = validate(RunFile, {"method": {"name": name, "settings": "paper"}}).method
     got = (paper.representation, paper.router_rows, paper.gating, paper.spherical)  # type: ignore[union-attr]
     assert got == ("attention_output", "raw", "softmax", False)
-    mixed = validate(Job, {"method": {"name": name, "settings": "paper", "gating": "renormalized"}}).method
+    mixed = validate(
+        RunFile, {"method": {"name": name, "settings": "paper", "gating": "renormalized"}}
+    ).method
     assert (mixed.gating, mixed.router_rows) == ("renormalized", "raw")  # type: ignore[union-attr]
 
 
@@ -382,9 +372,9 @@ def test_replace_validates_and_leaves_the_original() -> None:
 
 
 JOBS = [
-    Job(),
+    RunFile(),
     validate(
-        Job,
+        RunFile,
         {
             "model": {"name": "some/model", "revision": "abc"},
             "data": {"train": "x.jsonl", "max_examples": 7, "chat_template": "plain"},
@@ -396,14 +386,14 @@ JOBS = [
             "execution": {"zero_stage": 3, "offload": "parameters", "gpu": True, "storage": "/x: y #z"},
         },
     ),
-    *(validate(Job, {"method": {"name": name}}) for name in METHODS),
+    *(validate(RunFile, {"method": {"name": name}}) for name in METHODS),
 ]
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_job_dumped_to_yaml_and_loaded_is_the_same(tmp_path: Path, job: Job) -> None:
+def test_a_job_dumped_to_yaml_and_loaded_is_the_same(tmp_path: Path, job: RunFile) -> None:
     text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
-    loaded = load(Job, written(tmp_path, text))
+    loaded = load(RunFile, written(tmp_path, text))
     assert loaded == job
     assert loaded.run() == job.run()
     assert loaded.model_dump(mode="json") == job.model_dump(mode="json")
@@ -435,5 +425,5 @@ def test_help_names_every_key_that_the_command_line_takes() -> None:
 
 def known(key: str, method: str) -> bool:
     with pytest.raises(InputError) as caught:  # nothing takes this value
-        load(Job, None, {"method.name": method, key: object()})
+        load(RunFile, None, {"method.name": method, key: object()})
     return "unknown key" not in str(caught.value)

@@ -10,18 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from raymoe import cli, stages
+from raymoe import stages
 from raymoe.analysis.size import sizes
-from raymoe.config import (
-    ContextRepresentations,
-    Job,
-    Representations,
-    Run,
-    SparseInterpolation,
-    TaskRepresentations,
-    load,
-    parse_overrides,
-)
+from raymoe.cli import main as cli
+from raymoe.cli.options import parse_overrides
+from raymoe.config import Run, RunFile, load
+from raymoe.methods import ContextRepresentations, Representations, SparseInterpolation, TaskRepresentations
 
 FOLDER = Path(__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -64,7 +58,7 @@ def test_both_methods_are_there_for_both_models() -> None:
 
 @pytest.mark.parametrize("file", RSU, ids=lambda f: f.stem)
 def test_figures_are_the_papers(file: Path) -> None:
-    job = load(Job, file)
+    job = load(RunFile, file)
     assert job.optimization.learning_rate == of(file, LEARNING_RATES)
     assert (job.optimization.batch_size, job.data.max_length, job.optimization.num_epochs) == (128, 4096, 1)
     assert job.execution.workers == 8
@@ -96,7 +90,7 @@ def test_figures_are_the_papers(file: Path) -> None:
 def test_state_leaves_an_80_gb_gpu_room_for_activations(file: Path) -> None:
     """bf16: 2 bytes of weights, 4 of gradients, 12 of AdamW and fp32 weights (ZeRO paper, section 3, but for
     gradients in fp32; below stage 2 bf16 runs as stage 2)."""
-    job, (kind, shape) = load(Job, file), of(file, SHAPES)
+    job, (kind, shape) = load(RunFile, file), of(file, SHAPES)
     heads = {"num_attention_heads": 32, "num_key_value_heads": shape["heads"], "vocab_size": 32_000}
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads))
@@ -125,7 +119,7 @@ def test_the_pages_three_setups_are_there() -> None:
 
 @pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
 def test_figures_are_the_pages(file: Path) -> None:
-    job = load(Job, file)
+    job = load(RunFile, file)
     method = job.method
     assert isinstance(method, SparseInterpolation)
     assert (method.num_experts, method.sparsity_target, method.sparsity_scope) == (8, 0.75, "union")
@@ -147,11 +141,11 @@ def test_the_commands_in_its_header_are_the_pages_baselines(file: Path) -> None:
     lines = [line for line in file.read_text().splitlines() if line.startswith(train)]
     options = [line.removeprefix(train).split("#")[0].split() for line in lines]
     assert options[0] == ["--dry-run"]
-    base = load(Job, file)
+    base = load(RunFile, file)
     for given, baseline in zip(options[1:], BASELINES.values(), strict=True):
         overrides = parse_overrides(given)
         assert overrides == baseline
-        run = load(Job, file, overrides)
+        run = load(RunFile, file, overrides)
         assert run.method.name == baseline["method"]
         assert (run.data, run.optimization, run.seed) == (base.data, base.optimization, base.seed)
 
@@ -159,7 +153,7 @@ def test_the_commands_in_its_header_are_the_pages_baselines(file: Path) -> None:
 @pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
 def test_a_simoe_file_says_its_sizes_and_they_fit(file: Path) -> None:
     """bf16 with ZeRO-3: 18 bytes of what is trained, 2 of what is frozen, over all workers."""
-    job, text = load(Job, file), file.read_text()
+    job, text = load(RunFile, file), file.read_text()
     shape = {**of(file, LLAMA_3), "num_key_value_heads": 8, "vocab_size": 128_256}
     assert isinstance(job.method, SparseInterpolation) and job.precision == "bfloat16"
     with torch.device("meta"):
@@ -198,7 +192,7 @@ def test_a_dry_run_resolves_it_without_a_network(
         cli.main(["train", str(file), "--dry-run"])
     done = capsys.readouterr()
     assert (ended.value.code, done.err) == (0, "")
-    run = load(Job, file).run()
+    run = load(RunFile, file).run()
     training = stages.training(run)
     planned = [line.split()[2] for line in done.out.splitlines() if line.startswith("  to do")]
     assert planned == [stage.key for stage in [*stages.upstream([training]), training]]

@@ -21,15 +21,15 @@ from transformers import AutoModelForCausalLM
 
 from raymoe.config import Execution, Run, replace
 from raymoe.stages import training
-from raymoe.store import Store
-from raymoe.sweep import train_trial
-from raymoe.tracking import read_rows
+from raymoe.storage.store import Store
+from raymoe.sweep.run import train_trial
+from raymoe.tracking.metric_log import read_rows
 
 pytestmark = pytest.mark.slow
 
 SWEEP = """
 from raymoe.config import replace
-from raymoe.sweep import Sweep, main
+from raymoe import Sweep, main
 
 def run(base, point):
     changes = {"method.name": point["method"], "optimization.learning_rate": point["learning_rate"]}
@@ -219,7 +219,7 @@ def test_a_killed_worker_goes_on_with_the_identical_losses(
         assert output is not None
         losses[name] = [
             (row["step"], row["metrics"]["train/loss"])
-            for row in read_rows(output.path / "metrics.jsonl")
+            for row in read_rows(output.fetch() / "metrics.jsonl")
             if "train/loss" in row["metrics"]
         ]
     assert [step for step, _ in losses["killed"]] == list(range(1, 101))

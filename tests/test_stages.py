@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from raymoe import stages
-from raymoe.config import Execution, InputError, Job, Run, replace, validate
+from raymoe.config import Execution, Run, RunFile, replace, validate
+from raymoe.schema import InputError
 from raymoe.stages import Context, Stage, make, upstream
-from raymoe.store import Store
+from raymoe.storage.store import Store
 
 PATH: dict[str, Callable[[Run], Stage]] = {
     "instructions": stages.instructions,
@@ -101,7 +102,7 @@ def test_the_seed_of_a_run_leaves_the_embedded_dense_model() -> None:
 
 
 def test_execution_never_enters() -> None:
-    here = Job(method=TRSU.method)
+    here = RunFile(method=TRSU.method)
     there = replace(
         here,
         {

@@ -211,7 +211,7 @@ def size(sizes: Sizes) -> Figure | None:
 
 
 def timeline(rows: Sequence[Row]) -> Figure:
-    """Nodes of every type and trials that wait, train and have ended, over time, as `raymoe.watch` saw them."""
+    """Nodes of every type and trials that wait, train and have ended, over time, from `cluster/watch.py`."""
     seconds = np.array([row["time"] - rows[0]["time"] for row in rows])
     units = {"seconds": 1, "minutes": 60, "hours": 3600}
     unit = next((name for name, size in units.items() if seconds[-1] < 300 * size), "hours")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from raymoe.config import Dense, Experts, SparseInterpolation
+from raymoe.methods import Dense, Experts, SparseInterpolation
 from raymoe.models.simoe import GateLayout, PromptRouter, gate_layout
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}

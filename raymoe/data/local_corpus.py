@@ -27,7 +27,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raymoe.config import InputError
+from raymoe.schema import InputError
 
 REVISION = 3
 """Raise it whenever a change here changes what is written."""

@@ -28,7 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raymoe.config import Data, InputError, Source
+from raymoe.config import Data, Source
+from raymoe.schema import InputError
 
 Split = Literal["train", "validation"]
 Messages = tuple[tuple[str, str], ...]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raymoe.data.instructions import Batch
+from raymoe.data.packing import Batch
 from raymoe.models.moe import load_balancing_loss, routing_entropy, sparse_layers, tokens_per_expert
 from raymoe.models.packed_attention import completion_losses
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from raymoe.config import Experts, InputError
-from raymoe.models.seed import SUPPORTED
+from raymoe.methods import Experts
+from raymoe.models.dense import SUPPORTED
+from raymoe.schema import InputError
 
 
 def _softmax(p_SK: Tensor) -> Tensor:

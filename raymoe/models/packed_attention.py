@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
-from raymoe.data.instructions import Batch, Documents
+from raymoe.data.packing import Batch, Documents
 
 PACKED_ATTENTION = "raymoe_packed"
 

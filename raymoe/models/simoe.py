@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from raymoe.config import InputError, SparseInterpolation
-from raymoe.data.instructions import Documents
+from raymoe.data.packing import Documents
+from raymoe.methods import SparseInterpolation
+from raymoe.schema import InputError
 
 Form = Literal["factored", "merged"]
 

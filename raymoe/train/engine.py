@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from raymoe.config import Execution, Optimization
 from raymoe.models.moe import SparseMoE
-from raymoe.storage import scratch
+from raymoe.storage.location import scratch
 
 # DeepSpeed would compile collectives of its own for CPUs on first use: 80 s, and it needs g++.
 __compatible_ops__["deepspeed_shm_comm"] = False

@@ -18,22 +18,30 @@ import ray.train
 from ray import tune
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.tune.trainable.trainable_fn_utils import _in_tune_session
 
-from raymoe.cluster import trial_workers
-from raymoe.config import InputError
-from raymoe.lease import is_held_by
-from raymoe.storage import Location, Remote, delete, ray_storage, read_file, replace_file, scratch, writing
-from raymoe.tracking import MetricLog, metric_log, read_rows
-from raymoe.train.job import TrainingFailed, TrainJob, stop_flag
+from raymoe.cluster.capacity import trial_workers
+from raymoe.cluster.ray_internals import checkpoint_list_name, in_tune_trial
+from raymoe.schema import InputError
+from raymoe.storage.lease import is_held_by
+from raymoe.storage.location import (
+    Location,
+    Remote,
+    delete,
+    ray_storage,
+    read_file,
+    replace_file,
+    scratch,
+    writing,
+)
+from raymoe.tracking.metric_log import MetricLog, metric_log, read_rows
 from raymoe.train.process_group import ProcessGroup
+from raymoe.train.spec import TrainingFailed, WorkerSpec, stop_flag
 
-FAILURE = "failure.txt"
+FAILURE_FILE = "failure.txt"
 KEPT_SNAPSHOT = "checkpoints.kept.json"
 
 
-def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -> dict[str, Any]:
+def fit(job: WorkerSpec, name: str, storage: Location, lease: str | None = None) -> dict[str, Any]:
     """Train with Ray Train and return the stage's info; goes on from the last checkpoint under `name`.
 
     `lease`: id of the lease on `storage / name` under which no one else trains there.
@@ -65,7 +73,7 @@ def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    failure = job.out / FAILURE
+    failure = job.out / FAILURE_FILE
     try:
         with _told_to_tune(metric_log(storage, name)):
             trainer.fit()
@@ -80,7 +88,7 @@ def fit(job: TrainJob, name: str, storage: Location, lease: str | None = None) -
     return _info(job, workers.gpu, started)
 
 
-def _draw_masks(job: TrainJob) -> None:
+def _draw_masks(job: WorkerSpec) -> None:
     """Figures of a SIMoE run, of what its worker wrote."""
     if not (job.out / "masks.json").is_file():
         return
@@ -94,7 +102,7 @@ def _draw_masks(job: TrainJob) -> None:
         print(f"figures of {job.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _info(job: TrainJob, gpu: bool, started: float) -> dict[str, Any]:
+def _info(job: WorkerSpec, gpu: bool, started: float) -> dict[str, Any]:
     """What the stage records: evaluations, and what they cost: seconds from the first start to the end, GPU hours of
     workers that trained."""
     evaluations = json.loads((job.out / "evaluations.json").read_text())
@@ -126,7 +134,7 @@ def _told_to_tune(log: Location) -> Iterator[None]:
     Ray's own TuneReportCallback is not used: where its last report meets the end of the trial, Tune's session puts
     both into a queue for one, which nobody but itself empties, and waits for ever (Ray 2.60).
     """
-    if not _in_tune_session():
+    if not in_tune_trial():
         yield
         return
     ending = threading.Event()
@@ -155,8 +163,8 @@ def _tell_tune(log: Location, ending: threading.Event) -> None:
 
 def _worker(config: dict[str, Any]) -> None:
     """What every worker runs. A failure that would come again is written down: no retries."""
-    job: TrainJob = config["job"]
-    if (job.out / FAILURE).is_file():
+    job: WorkerSpec = config["job"]
+    if (job.out / FAILURE_FILE).is_file():
         return
     import torch
 
@@ -172,9 +180,9 @@ def _worker(config: dict[str, Any]) -> None:
             session.flush()
     except TrainingFailed as failure:
         if session.rank == 0:
-            (job.out / FAILURE).write_text(str(failure))
+            (job.out / FAILURE_FILE).write_text(str(failure))
     except InputError as failure:  # of one worker alone: the others may be waiting for it, so all must end
-        (job.out / FAILURE).write_text(str(failure))
+        (job.out / FAILURE_FILE).write_text(str(failure))
         raise
 
 
@@ -254,7 +262,7 @@ def _remove_unreported(run: Location) -> None:
 
 def keep_snapshot(run: Path) -> None:
     """Keep a copy of Ray Train's list of checkpoints in `run`, which Ray writes in place: on a full disk, a half."""
-    content = read_file(run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    content = read_file(run / checkpoint_list_name())
     if content is not None and _is_json(content):
         replace_file(run / KEPT_SNAPSHOT, content)
 
@@ -264,13 +272,13 @@ def mend_snapshot(run: Location) -> None:
 
     Ray removes an older checkpoint only after it has written the list that has the newer one.
     """
-    content = read_file(run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    content = read_file(run / checkpoint_list_name())
     if isinstance(run, Path) and content is not None and not _is_json(content):
         kept = read_file(run / KEPT_SNAPSHOT)
         if kept is None:
-            (run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME).unlink()
+            (run / checkpoint_list_name()).unlink()
         else:
-            replace_file(run / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME, kept)
+            replace_file(run / checkpoint_list_name(), kept)
 
 
 def _is_json(content: bytes) -> bool:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from raymoe.analysis.masks import describe, describe_gates, headline, mean_weights
 from raymoe.analysis.size import sizes
-from raymoe.config import SparseInterpolation
-from raymoe.data.instructions import Batch, Encoded
-from raymoe.evaluate import summed
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import Batch
+from raymoe.methods import SparseInterpolation
+from raymoe.models.collectives import summed
 from raymoe.models.simoe import (
     Form,
     Gates,
@@ -35,7 +36,7 @@ from raymoe.models.simoe import (
     sparsity,
 )
 from raymoe.train.gate_optimizer import GateDescent
-from raymoe.train.job import FIRST_STEPS
+from raymoe.train.spec import FIRST_STEPS
 from raymoe.upcycle.simoe import Masks
 
 STATE = "masks.safetensors"
@@ -112,7 +113,7 @@ class MaskTrainer:
 
     def set(self, batch: Batch) -> None:
         """Let the model apply the coefficients of the batch's prompts, until the next call."""
-        c_SG = self.router(self._rows(self.prompts, batch.records)) @ self.sample
+        c_SG = self.router(self._rows(self.prompts, batch.examples)) @ self.sample
         self.interpolated.set(c_SG, batch.documents, batch.input_ids.numel(), self.live, self.form)
 
     @contextmanager

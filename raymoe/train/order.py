@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from raymoe.config import Optimization
-from raymoe.data.instructions import Encoded, epoch_windows
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import epoch_sequences
 
-Window = np.ndarray  # record indices packed into one sequence
+PackedSequence = np.ndarray  # record indices packed into one sequence
 
 
 class Order:
@@ -21,28 +22,30 @@ class Order:
 
     def __init__(self, encoded: Encoded, max_length: int, optimization: Optimization, seed: int) -> None:
         self.batch_size = optimization.batch_size
-        self._windows = _all_windows(encoded, max_length, optimization, seed)
+        self._windows = _all_sequences(encoded, max_length, optimization, seed)
         steps = max(1, len(self._windows) // self.batch_size)
         self.total_steps = min(steps, optimization.max_steps or steps)
 
-    def windows(self, step: int) -> Sequence[Window]:
+    def sequences(self, step: int) -> Sequence[PackedSequence]:
         """The sequences of `step`, in an order that does not depend on the number of workers."""
         start = step * self.batch_size
         return [self._windows[i % len(self._windows)] for i in range(start, start + self.batch_size)]
 
 
-def _all_windows(encoded: Encoded, max_length: int, optimization: Optimization, seed: int) -> list[Window]:
+def _all_sequences(
+    encoded: Encoded, max_length: int, optimization: Optimization, seed: int
+) -> list[PackedSequence]:
     """Sequences of all epochs one after the other; of a last, partial epoch its share."""
-    windows: list[Window] = []
+    sequences: list[PackedSequence] = []
     remaining = optimization.num_epochs
     enough = (optimization.max_steps or 10**12) * optimization.batch_size
     for epoch in range(math.ceil(remaining)):
-        if len(windows) >= enough:
+        if len(sequences) >= enough:
             break
-        of_epoch = epoch_windows(encoded, max_length, seed, epoch)
+        of_epoch = epoch_sequences(encoded, max_length, seed, epoch)
         share = min(1.0, round(remaining - epoch, 9))  # 1.1 - 1 is a little more than 0.1
-        windows += of_epoch[: math.ceil(round(len(of_epoch) * share, 6))]
-    return windows
+        sequences += of_epoch[: math.ceil(round(len(of_epoch) * share, 6))]
+    return sequences
 
 
 def learning_rate(step: int, total_steps: int, optimization: Optimization) -> float:

@@ -14,8 +14,12 @@ from typing import Any
 import ray
 import ray.util
 import torch.distributed as dist
-from ray.train.torch.config import TorchConfig, _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.torch.config import TorchConfig
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from raymoe.cluster.ray_internals import torch_backend
+
+TorchBackend, set_environment = torch_backend()
 
 _hosted: list[TCPStore] = []
 """In the first worker, between `_host` and `_join`."""
@@ -26,15 +30,15 @@ class ProcessGroup(TorchConfig):  # type: ignore[misc]
     """Ray Train's torch configuration; a cluster on the loopback stays there."""
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Any]:
         """What sets the workers' process group up."""
         return _Backend
 
 
-class _Backend(_TorchBackend):  # type: ignore[misc]
+class _Backend(TorchBackend):  # type: ignore[misc, valid-type]
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         timeout = timedelta(seconds=backend_config.timeout_s)
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(set_environment)
         address, port = worker_group.execute_single(0, _host, len(worker_group), timeout)
         joining = [
             worker_group.execute_single_async(i, _join, backend_config.backend, address, port, timeout)

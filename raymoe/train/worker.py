@@ -19,19 +19,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from raymoe.config import Dense, Experts, Run, SparseInterpolation
-from raymoe.data.instructions import Batch, Encoded, collate
-from raymoe.evaluate import Evaluator, summed
+from raymoe.config import Run
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import Batch, collate
+from raymoe.evaluate.held_out import Evaluator
+from raymoe.methods import Dense, Experts, SparseInterpolation
 from raymoe.models.causal_loss import CausalLoss
+from raymoe.models.collectives import summed
 from raymoe.models.packed_attention import PACKED_ATTENTION
 from raymoe.models.simoe import interpolate
-from raymoe.storage import delete, local, writing
-from raymoe.store import digest
+from raymoe.storage.location import delete, local, writing
+from raymoe.storage.store import digest
 from raymoe.train import engine as deepspeed_engine
 from raymoe.train.flops import active_parameters, num_parameters, peak_flops, training_flops_per_token
-from raymoe.train.job import STOPPED_EARLY, TrainingFailed, TrainJob
 from raymoe.train.masks import MaskTrainer
 from raymoe.train.order import Order, learning_rate, micro_batches, milestone_steps
+from raymoe.train.spec import STOPPED_EARLY, TrainingFailed, WorkerSpec
 from raymoe.upcycle import expand, load_recipe
 from raymoe.upcycle.checkpoint import write_model
 from raymoe.upcycle.simoe import write_simoe
@@ -76,7 +79,7 @@ class State:
     evaluations: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(job: TrainJob, session: Session) -> list[dict[str, float]]:
+def train(job: WorkerSpec, session: Session) -> list[dict[str, float]]:
     """Train to the end and write `job.out`; returns the evaluations at the milestones.
 
     Raises:
@@ -95,7 +98,7 @@ def train(job: TrainJob, session: Session) -> list[dict[str, float]]:
 class Trainer:
     """Model, engine, data and state of one worker."""
 
-    def __init__(self, job: TrainJob, session: Session) -> None:
+    def __init__(self, job: WorkerSpec, session: Session) -> None:
         self.job, self.session, self.run = job, session, job.run
         torch.manual_seed(self.run.seed)  # for models with dropout
         self.encoded = Encoded.load(local(job.data) / "train")
@@ -122,7 +125,7 @@ class Trainer:
             run.precision, run.optimization, execution, self.micro_batch, self.accumulation
         )
         partition = config if config["zero_optimization"]["stage"] == 3 else None
-        model = load_model(self.job, partition)
+        model = starting_model(self.job, partition)
         if execution.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.flops_per_token = training_flops_per_token(model, self.run.data.max_length, _top_k(run))
@@ -198,21 +201,21 @@ class Trainer:
 
     def step(self) -> None:
         """One optimizer step over the global batch of `state.step`."""
-        windows = self.order.windows(self.state.step)
+        sequences = self.order.sequences(self.state.step)
         rate = learning_rate(self.state.step, self.order.total_steps, self.run.optimization)
         scheduled = rate / self.run.optimization.learning_rate
         if self.masks:
             rate = scheduled * self.masks.delta_rate
         deepspeed_engine.set_learning_rate(self.engine, rate)
-        completion, real = _token_counts(self.encoded, windows)
-        mine = windows[self.session.rank :: self.session.world_size]
+        completion, real = _token_counts(self.encoded, sequences)
+        mine = sequences[self.session.rank :: self.session.world_size]
         total: dict[str, Tensor] = {}
         if self.masks:
             self.masks.begin(self.state.step)
         for number in range(self.accumulation):
             some = mine[number * self.micro_batch : (number + 1) * self.micro_batch]
             # every worker takes part in every pass: one without sequences passes through one that does not count
-            batch = collate(self.encoded, some or windows[:1], self.run.data.max_length)
+            batch = collate(self.encoded, some or sequences[:1], self.run.data.max_length)
             counts = 1.0 if some else 0.0
             _add(total, self._forward_backward(batch.to(self.session.device), completion, real, counts))
         if self.masks:
@@ -400,7 +403,7 @@ class Trainer:
             write_model(out / "model", local(self.job.dense), self.run.method, tensors, dtype)
 
 
-def load_model(job: TrainJob, partition: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def starting_model(job: WorkerSpec, partition: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """The dense model, expanded by the recipe if there is one, in the run's precision.
 
     `partition`: DeepSpeed's configuration under ZeRO-3: every layer's experts are spread over the workers as
@@ -447,9 +450,9 @@ def _top_k(run: Run) -> int:
     return run.method.top_k if isinstance(run.method, Experts) else 1
 
 
-def _token_counts(encoded: Encoded, windows: Sequence[Any]) -> tuple[int, int]:
-    """(completion tokens, all tokens) of the records in `windows`."""
-    records = [int(r) for window in windows for r in window]
+def _token_counts(encoded: Encoded, sequences: Sequence[Any]) -> tuple[int, int]:
+    """(completion tokens, all tokens) of the records in `sequences`."""
+    records = [int(r) for sequence in sequences for r in sequence]
     lengths = encoded.lengths[records]
     return int((lengths - encoded.prompt_lengths[records]).sum()), int(lengths.sum())
 

@@ -23,16 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from raymoe.config import (
-    METHODS,
-    ContextRepresentations,
-    Experts,
-    InputError,
-    SparseUpcycling,
-    TaskRepresentations,
-    validate,
-)
+from raymoe.config import validate
+from raymoe.methods import METHODS, ContextRepresentations, Experts, SparseUpcycling, TaskRepresentations
 from raymoe.models.moe import FFN, ExpertStart, upcycle_model
+from raymoe.schema import InputError
 from raymoe.upcycle import representation, sparse
 
 ROUTERS: dict[type[Experts], Callable[..., Tensor]] = {

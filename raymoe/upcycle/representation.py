@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from raymoe.config import InputError, Representations
+from raymoe.methods import Representations
+from raymoe.schema import InputError
 
 
 def router(

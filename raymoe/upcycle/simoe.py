@@ -34,9 +34,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from raymoe.config import Data, InputError, SparseInterpolation, validate
+from raymoe.config import Data, validate
 from raymoe.data.instructions import encode
 from raymoe.data.sources import Instruction
+from raymoe.methods import SparseInterpolation
 from raymoe.models.simoe import (
     GateLayout,
     GateSpan,
@@ -49,19 +50,10 @@ from raymoe.models.simoe import (
     kept_share,
     merged_columns,
 )
-from raymoe.storage import Location, local, location
-from raymoe.upcycle.checkpoint import (
-    ShardWriter,
-    Slot,
-    Span,
-    copy_dense,
-    dense_tensors,
-    load_tensor,
-    new_folder,
-    read_config,
-    total_bytes,
-    write_companions,
-)
+from raymoe.schema import InputError
+from raymoe.storage.location import Location, local, location
+from raymoe.upcycle.checkpoint import copy_dense, new_folder, read_config, write_companions
+from raymoe.upcycle.shards import ShardWriter, Slot, Span, dense_tensors, load_tensor, total_bytes
 
 FORMAT = 1
 """Raised when a folder is written that earlier versions of raymoe would misread."""
@@ -397,7 +389,7 @@ class SIMoE:
     @torch.no_grad()
     def expert_weights(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
         """a [S, M] of tokenised prompts, as data are rendered: rows that add up to 1."""
-        from raymoe.data.prompts import represent
+        from raymoe.routers.prompts import represent
 
         kind = self.config.method.prompt_representation
         with _dense_again(self.interpolated):
@@ -515,9 +507,9 @@ def generate_merged(
     """Greedy completions with the weights merged once per distinct row of `coefficients_SG`.
 
     Decoding costs what it costs with the dense model; prompts with the same row are decoded together. Of
-    weights that are whole on this worker (not ZeRO-3's). `stop` as in `raymoe.evaluate.generate`.
+    weights that are whole on this worker (not ZeRO-3's). `stop` as in `raymoe.models.generate.generate`.
     """
-    from raymoe.evaluate import generate
+    from raymoe.models.generate import generate
 
     rows, group_S = torch.unique(coefficients_SG, dim=0, return_inverse=True)
     texts = [""] * len(prompts)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from raymoe.config import SparseUpcycling
+from raymoe.methods import SparseUpcycling
 
 
 def router(

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, SHAPE, pico_model
+from support.models import FAMILIES, SHAPE, pico_model
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PretrainedConfig
 
 from raymoe.analysis.size import Counts, sizes, training_state
-from raymoe.config import SparseInterpolation, SparseUpcycling
+from raymoe.methods import SparseInterpolation, SparseUpcycling
 from raymoe.models.moe import upcycle_model
 from raymoe.models.simoe import Gates, PromptRouter, gate_layout, interpolate
 

@@ -13,16 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from raymoe.config import Data, InputError
-from raymoe.data.instructions import (
-    Encoded,
-    collate,
-    encode,
-    epoch_windows,
-    pack,
-    prepare,
-)
+from raymoe.config import Data
+from raymoe.data.instructions import Encoded, encode, prepare
+from raymoe.data.packing import collate, epoch_sequences, pack
 from raymoe.data.sources import Instruction
+from raymoe.schema import InputError
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -198,7 +193,7 @@ def test_every_example_is_packed_once_and_windows_are_full(capacity: int) -> Non
 
 
 def test_an_example_longer_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 tokens does not fit a window of 10"):
+    with pytest.raises(ValueError, match="12 tokens does not fit a sequence of 10"):
         pack(np.array([3, 12]), 10, np.arange(2))
 
 
@@ -213,8 +208,10 @@ def random_encoded(lengths: Sequence[int], seed: int = 0) -> Encoded:
 
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
     encoded = random_encoded(np.random.default_rng(0).integers(2, 30, 300).tolist())
-    orders = {key: [w.tolist() for w in epoch_windows(encoded, 64, *key)] for key in ((0, 0), (0, 1), (1, 0))}
-    assert [w.tolist() for w in epoch_windows(encoded, 64, 0, 0)] == orders[0, 0]
+    orders = {
+        key: [w.tolist() for w in epoch_sequences(encoded, 64, *key)] for key in ((0, 0), (0, 1), (1, 0))
+    }
+    assert [w.tolist() for w in epoch_sequences(encoded, 64, 0, 0)] == orders[0, 0]
     assert len({json.dumps(order) for order in orders.values()}) == 3
     for order in orders.values():
         assert sorted(record for window in order for record in window) == list(range(300))
@@ -241,13 +238,13 @@ def test_a_batch_spelled_out() -> None:
     assert batch.completion_lengths == (2, 1, 2)
     assert batch.num_tokens == 9
     assert batch.to("cpu").labels.equal(batch.labels)
-    with pytest.raises(ValueError, match="window 0 has 7 tokens, more than 6"):
+    with pytest.raises(ValueError, match="sequence 0 has 7 tokens, more than 6"):
         collate(encoded, [np.array([0, 2])], 6)
 
 
 def test_labels_are_the_next_tokens_of_the_completion_and_nothing_else() -> None:
     encoded = random_encoded([9, 4, 17, 2, 12, 6, 21, 3])
-    windows = epoch_windows(encoded, 32, seed=0, epoch=0)
+    windows = epoch_sequences(encoded, 32, seed=0, epoch=0)
     batch = collate(encoded, windows, 32)
     ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
     expected = torch.full_like(labels, -100)

@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from raymoe.config import InputError, LocalModel
+from raymoe.config import LocalModel
 from raymoe.data import local_corpus
-from raymoe.models import seed
-from raymoe.store import digest
+from raymoe.models import dense as seed
+from raymoe.schema import InputError
+from raymoe.storage.store import digest
 
 Rows = dict[str, list[dict[str, str]]]
 

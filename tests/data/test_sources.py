@@ -19,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raymoe.config import Data, InputError, Job, Source, load, parse_overrides, validate
+from raymoe.cli.options import parse_overrides
+from raymoe.config import Data, RunFile, Source, load, validate
 from raymoe.data.sources import Instruction, read
+from raymoe.schema import InputError
 from raymoe.stages import instructions as instructions_stage
 
 ROW = {"prompt": "2 + 2?", "completion": "4"}
@@ -449,12 +451,12 @@ def test_lists_come_from_yaml_and_the_command_line(tmp_path: Path) -> None:
         "data:\n  train:\n  - {name: a.jsonl, domain: math, max_examples: 5}\n  - b/c\n"
         "  validation: [d.jsonl]\n"
     )
-    data = load(Job, file).data
+    data = load(RunFile, file).data
     assert data.train == (Source(name="a.jsonl", domain="math", max_examples=5), Source(name="b/c"))
     assert data.validation == "d.jsonl"
-    assert load(Job, file, parse_overrides(["--data.train", "x.jsonl"])).data.train == "x.jsonl"
+    assert load(RunFile, file, parse_overrides(["--data.train", "x.jsonl"])).data.train == "x.jsonl"
     some = parse_overrides(["--data.train", "x.jsonl", "{name: o/y, domain: code}"])
-    assert load(Job, None, some).data.train == (Source(name="x.jsonl"), Source(name="o/y", domain="code"))
+    assert load(RunFile, None, some).data.train == (Source(name="x.jsonl"), Source(name="o/y", domain="code"))
 
 
 @pytest.mark.parametrize(
@@ -472,7 +474,7 @@ def test_lists_come_from_yaml_and_the_command_line(tmp_path: Path) -> None:
 )
 def test_wrong_sources_are_named_in_one_line(train: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
-        load(Job, None, {"data.train": train})
+        load(RunFile, None, {"data.train": train})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -480,7 +482,7 @@ def test_a_stage_is_named_by_what_its_sources_hold(tmp_path: Path, pico: Path) -
     files = [write_jsonl(tmp_path / f"{name}.jsonl", numbered(5)) for name in "ab"]
 
     def key(*names: Any, **changes: Any) -> str:
-        job = load(Job, None, {"model.name": str(pico), "data.train": list(names), **changes})
+        job = load(RunFile, None, {"model.name": str(pico), "data.train": list(names), **changes})
         return instructions_stage(job.run()).key
 
     both = key(*map(str, files))
@@ -492,7 +494,7 @@ def test_a_stage_is_named_by_what_its_sources_hold(tmp_path: Path, pico: Path) -
         key(str(files[0]), str(tmp_path / "c.jsonl"))
     assert [
         s.name
-        for s in instructions_stage(load(Job, None, {"data.train": ["local", str(files[0])]}).run()).needs
+        for s in instructions_stage(load(RunFile, None, {"data.train": ["local", str(files[0])]}).run()).needs
     ]
 
 

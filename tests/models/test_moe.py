@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from raymoe.config import InputError, SparseUpcycling
+from raymoe.methods import SparseUpcycling
 from raymoe.models.moe import (
     load_balancing_loss,
     routing_entropy,
@@ -16,6 +16,7 @@ from raymoe.models.moe import (
     tokens_per_expert,
     upcycle_model,
 )
+from raymoe.schema import InputError
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_pico
+from support.models import write_pico
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from raymoe.config import SparseUpcycling
-from raymoe.data.instructions import Batch, Encoded, collate
+from raymoe.data.instructions import Encoded
+from raymoe.data.packing import Batch, collate
+from raymoe.methods import SparseUpcycling
 from raymoe.models import packed_attention
 from raymoe.models.packed_attention import PACKED_ATTENTION, completion_losses, token_losses
 from raymoe.upcycle.checkpoint import materialize

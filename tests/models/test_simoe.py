@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, pico_model
+from support.models import FAMILIES, pico_model
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from raymoe.config import InputError, SparseInterpolation
+from raymoe.methods import SparseInterpolation
 from raymoe.models.packed_attention import PACKED_ATTENTION
 from raymoe.models.simoe import (
     Form,
@@ -36,6 +36,7 @@ from raymoe.models.simoe import (
     sampled_gates,
     sparsity,
 )
+from raymoe.schema import InputError
 
 FORMS: tuple[Form, ...] = ("factored", "merged")
 EXPERTS = 3

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from live_cluster import Cluster
-from local_session import LocalSession, environment, free_port, small_run
+from support.local_session import LocalSession, environment, free_port, small_run
 
-from raymoe.config import Execution, SparseUpcycling
-from raymoe.tracking import read_rows
-from raymoe.train.job import TrainJob
+from raymoe.config import Execution
+from raymoe.methods import SparseUpcycling
+from raymoe.tracking.metric_log import read_rows
+from raymoe.train.spec import WorkerSpec
 from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
@@ -126,7 +127,7 @@ def alone(pico: Path, data: Path, storage: Path, steps: int) -> dict[int, float]
         pico, data, SparseUpcycling(), batch_size=8, max_steps=steps, num_epochs=ENDLESS, **constant
     )
     session = LocalSession()
-    train(TrainJob(run, Execution(micro_batch=1), pico, recipe, encoded, out), session)
+    train(WorkerSpec(run, Execution(micro_batch=1), pico, recipe, encoded, out), session)
     return session.losses()
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from raymoe.config import SparseUpcycling
+from raymoe.methods import SparseUpcycling
 from raymoe.models.moe import upcycle_model
 from raymoe.train.flops import _measured, active_parameters, peak_flops, training_flops_per_token
 

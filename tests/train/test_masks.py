@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from raymoe.config import Run, SparseInterpolation
+from raymoe.config import Run
 from raymoe.data.instructions import Encoded, prepare
+from raymoe.methods import SparseInterpolation
 from raymoe.models.simoe import Gates, PromptRouter, gate_layout
-from raymoe.train.job import TrainJob
 from raymoe.train.order import Order, learning_rate
+from raymoe.train.spec import WorkerSpec
 from raymoe.train.worker import Trainer, train
 
 METHOD = SparseInterpolation(
@@ -73,7 +74,7 @@ def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dic
         u = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(number))
         s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / (2 / 3))
         z = (s * 1.2 - 0.1).clamp(0, 1)
-        records = [int(r) for window in order.windows(step) for r in window]
+        records = [int(r) for window in order.sequences(step) for r in window]
         total = sum(len(data.completion(r)) for r in records)
         nll = torch.zeros(())
         for r in records:
@@ -278,7 +279,7 @@ def test_the_sparsity_target_is_reached(
     assert np.mean(description["sparsity"][scope]) == pytest.approx(evaluations[-1]["masks/sparsity"])
 
 
-def _distributed_worker(rank: int, world: int, port: int, job: TrainJob, out: Path) -> None:
+def _distributed_worker(rank: int, world: int, port: int, job: WorkerSpec, out: Path) -> None:
     environment(os.environ.__setitem__, rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)

@@ -43,7 +43,7 @@ def order(encoded: Encoded, seed: int = 0, **settings: Any) -> Order:
 
 def batches(order: Order) -> list[list[tuple[int, ...]]]:
     """Records of every window of every step."""
-    return [[tuple(w.tolist()) for w in order.windows(step)] for step in range(order.total_steps)]
+    return [[tuple(w.tolist()) for w in order.sequences(step)] for step in range(order.total_steps)]
 
 
 def windows(order: Order) -> list[tuple[int, ...]]:
@@ -57,7 +57,7 @@ def test_a_step_is_a_function_of_seed_and_step_alone() -> None:
     whole = batches(order(varied(), batch_size=8, num_epochs=2.5))
     resumed = order(varied(), batch_size=8, num_epochs=2.5)
     for step in reversed(range(len(whole))):  # whatever came before
-        assert [tuple(w.tolist()) for w in resumed.windows(step)] == whole[step]
+        assert [tuple(w.tolist()) for w in resumed.sequences(step)] == whole[step]
     assert batches(order(varied(), seed=1, batch_size=8, num_epochs=2.5)) != whole
 
 
@@ -75,7 +75,7 @@ def test_workers_share_the_global_batch_whatever_their_number(workers: int) -> N
     for micro_batch in (1, 2, 5, 100):
         size, passes = micro_batches(12, workers, micro_batch)
         for step in range(data.total_steps):
-            batch = data.windows(step)
+            batch = data.sequences(step)
             shares = [batch[rank::workers] for rank in range(workers)]
             assert max(len(share) for share in shares) <= size * passes < max(map(len, shares)) + passes
             assert Counter(id(w) for share in shares for w in share) == Counter(map(id, batch))

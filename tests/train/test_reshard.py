@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_session import LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LocalSession, environment, free_port, small_job, small_run
 from torch import multiprocessing as mp
 
-from raymoe.config import Evaluation, SparseInterpolation, SparseUpcycling
+from raymoe.config import Evaluation
 from raymoe.data.instructions import prepare
-from raymoe.train.job import TrainJob
+from raymoe.methods import SparseInterpolation, SparseUpcycling
+from raymoe.train.spec import WorkerSpec
 from raymoe.train.worker import train
 
 METHODS = {
@@ -38,7 +39,7 @@ class Leg:
     """Half of a run, or all of it: until the checkpoint, or on from it."""
 
     name: str
-    job: TrainJob
+    job: WorkerSpec
     checkpoint: Path
     resumes: bool
     ends: int
@@ -74,7 +75,7 @@ def _losses(leg: Leg) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def jobs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainJob]:
+def jobs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WorkerSpec]:
     root = tmp_path_factory.mktemp("reshard")
     prepare(small_run(pico, data_folder).data, pico, root / "data", corpus=None, seed=0)
     made = {}
@@ -90,7 +91,7 @@ def jobs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 def test_a_checkpoint_of_any_number_of_workers_goes_on_with_any_other(
-    jobs: dict[str, TrainJob], tmp_path: Path
+    jobs: dict[str, WorkerSpec], tmp_path: Path
 ) -> None:
     def leg(name: str, writers: int, readers: int | None) -> Leg:
         file = tmp_path / f"{name}-{writers}-{readers}.json"

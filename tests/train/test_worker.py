@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
 from transformers import AutoModelForCausalLM
 
-from raymoe.config import Dense, Run, SparseUpcycling
-from raymoe.data.instructions import Encoded, collate, prepare
-from raymoe.evaluate import evaluate_folder
-from raymoe.train.job import TrainingFailed, TrainJob
+from raymoe.config import Run
+from raymoe.data.instructions import Encoded, prepare
+from raymoe.data.packing import collate
+from raymoe.evaluate.folder import evaluate_folder
+from raymoe.methods import Dense, SparseUpcycling
 from raymoe.train.order import Order, learning_rate
+from raymoe.train.spec import TrainingFailed, WorkerSpec
 from raymoe.train.worker import Trainer, train
 
 
@@ -47,7 +49,7 @@ def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
     order = Order(data, LENGTH, o, run.seed)
     losses = []
     for step in range(order.total_steps):
-        records = [int(r) for window in order.windows(step) for r in window]
+        records = [int(r) for window in order.sequences(step) for r in window]
         total = sum(len(data.completion(r)) for r in records)
         loss = torch.zeros(())
         for r in records:
@@ -192,7 +194,7 @@ def test_activation_checkpointing_changes_nothing(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def _distributed_worker(rank: int, world: int, port: int, job: TrainJob, out: Path) -> None:
+def _distributed_worker(rank: int, world: int, port: int, job: WorkerSpec, out: Path) -> None:
     environment(os.environ.__setitem__, rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_pico
 from safetensors.torch import load_file, save_file
+from support.models import write_pico
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from raymoe.config import Dense, InputError, SparseUpcycling
+from raymoe.methods import Dense, SparseUpcycling
+from raymoe.schema import InputError
 from raymoe.upcycle import expand
 from raymoe.upcycle.checkpoint import materialize, write_model
 

@@ -7,15 +7,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from raymoe.config import (
-    METHODS,
-    ContextRepresentations,
-    Experts,
-    InputError,
-    SparseUpcycling,
-    TaskRepresentations,
-)
+from raymoe.methods import METHODS, ContextRepresentations, Experts, SparseUpcycling, TaskRepresentations
 from raymoe.models.moe import sparse_layers
+from raymoe.schema import InputError
 from raymoe.upcycle import ROUTERS, expand, load_recipe, router, write_recipe
 
 

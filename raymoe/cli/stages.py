@@ -1,0 +1,165 @@
+"""`raymoe score | represent | cluster | upcycle`: one stage of the path, with all that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raymoe.cli.command import Command
+from raymoe.console import say, to_json
+from raymoe.methods import SparseInterpolation
+from raymoe.schema import InputError
+
+if TYPE_CHECKING:
+    from raymoe.stages import Stage
+
+
+# ---- verbs
+
+
+def stage_verb(
+    stage_of: Callable[[Any], Stage], show: Callable[[Command, Any], None]
+) -> Callable[[Command], int]:
+    """A verb that makes one stage, with all that it needs, and shows what came out."""
+
+    def verb(command: Command) -> int:
+        stage = stage_of(command.job.run())
+        if command.dry_run:
+            print_stages(stage, command)
+            return 0
+        output = make_stage(stage, command)
+        if command.json:
+            print(to_json({"path": str(output.location), **output.info}))
+        else:
+            show(command, output)
+        return 0
+
+    return verb
+
+
+def print_stages(stage: Stage, command: Command) -> None:
+    """List `stage` and all that it needs, and which of them are in the store."""
+    from raymoe.stages import upstream
+    from raymoe.storage.store import Store
+
+    store = Store(command.job.execution.storage)
+    for each in [*upstream([stage]), stage]:
+        print(f"{'in the store' if each.find(store) else 'to do':<13} {each.key}")
+
+
+def make_stage(stage: Stage, command: Command) -> Any:
+    """The output of `stage`, made on a cluster if it takes one."""
+    from raymoe.cluster.address import check as check_address
+    from raymoe.cluster.connection import check_storage
+    from raymoe.stages import WITHOUT_RAY, Context, make, prepare
+    from raymoe.storage.store import Store
+
+    store = Store(command.job.execution.storage)
+    if found := stage.find(store):
+        say(f"{stage.name}: already in {found.location}")
+        return found
+    check_storage(command.job.execution.storage)
+    store.check_writable()
+    if stage.name not in WITHOUT_RAY:
+        check_address(command.job.execution)
+    context = Context(store, command.job.execution, say)
+    prepare([stage], context)
+    if stage.name in WITHOUT_RAY:
+        return make(stage, context)
+    from raymoe.cluster.connection import check_shared, connected
+
+    with connected(command.job.execution):
+        check_shared(command.job.execution.storage)
+        return make(stage, context)
+
+
+def scores_stage(run: Any) -> Stage:
+    """The perplexity stage of `run`."""
+    from raymoe.stages import perplexity
+
+    return perplexity(run)
+
+
+def show_scores(command: Command, output: Any) -> None:
+    """Print how perplexities are spread per task."""
+    import pyarrow.parquet as pq
+
+    from raymoe.console import print_rows
+    from raymoe.routers.perplexity import SCORES, summarize
+
+    fraction = getattr(command.job.method, "perplexity_top_fraction", 0.05)
+    title = f"completion perplexity per task; kept: the top {fraction:.0%}"
+    print_rows(title, summarize(pq.read_table(output.fetch() / SCORES), fraction))
+    print(f"every example: {output.location / SCORES}")
+
+
+def represent_stage(run: Any) -> Stage:
+    """What the routers of `run` are made from, or what SIMoE's router reads."""
+    from raymoe.stages import prompts, representations
+
+    return prompts(run) if isinstance(run.method, SparseInterpolation) else representations(run)
+
+
+def cluster_stage(run: Any) -> Stage:
+    """The clusters stage of `run`."""
+    from raymoe.stages import clusters
+
+    return clusters(run)
+
+
+def _upcycle_stage(run: Any) -> Stage:
+    from raymoe.stages import upcycle
+
+    return upcycle(run)
+
+
+def show_clusters(command: Command, output: Any) -> None:
+    """Print router rows per layer."""
+    from raymoe.console import print_rows
+
+    rows = [
+        {
+            "layer": i,
+            "router = cluster": layer["agreement"],
+            "top probability": layer["mean_top_probability"],
+            "load at step 0": " ".join(f"{share:.2f}" for share in layer["load"]),
+        }
+        for i, layer in enumerate(output.info["layers"])
+    ]
+    print_rows("router rows per layer, measured on the clustered tokens", rows)
+    print(output.location)
+
+
+def show_info(command: Command, output: Any) -> None:
+    """Print what a stage recorded."""
+    for name, value in output.info.items():
+        print(f"{name}: {value}")
+    print(output.location)
+
+
+def upcycle(command: Command) -> int:
+    """Make the recipe; with `--materialize` the untrained MoE."""
+    target = command.options.get("materialize")
+    check_new("--materialize", target)
+    code = stage_verb(_upcycle_stage, show_info)(command)
+    if code or command.dry_run or not target:
+        return code
+    from raymoe import stages
+    from raymoe.storage.location import local
+    from raymoe.storage.store import Store
+    from raymoe.upcycle import expert_start, load_recipe
+    from raymoe.upcycle.checkpoint import materialize
+
+    run, store = command.job.run(), Store(command.job.execution.storage)
+    recipe, router = load_recipe(local(stages.upcycle(run).path(store)))
+    start = expert_start(recipe.method, recipe.seed)
+    materialize(local(stages.dense(run).path(store)), router, recipe.method, Path(target), start=start)
+    (say if command.json else print)(f"loads with transformers: {target}")
+    return 0
+
+
+def check_new(option: str, folder: str | None) -> None:
+    """Raises InputError where a model can't be written to `folder`, before anything is computed for it."""
+    if folder and (path := Path(folder)).exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{option}: {folder} exists already and is not an empty folder")

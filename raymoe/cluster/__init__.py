@@ -1,0 +1,1 @@
+"""What there is to compute on: addresses, the connection, room, and what became of nodes."""

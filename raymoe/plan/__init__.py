@@ -1,0 +1,1 @@
+"""What a run or a sweep will take, before it starts: memory, hours, money."""

@@ -1,0 +1,1 @@
+"""What routers are made from: perplexity, representations, prompts, clusters (Ray Data)."""

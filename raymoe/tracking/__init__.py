@@ -1,0 +1,1 @@
+"""MLflow: the ledger of sweeps and trials, and what is read back from it."""
