@@ -316,12 +316,12 @@ def upcycle(run: Run) -> Stage:
     Raises:
         InputError: the run's method has none.
     """
-    method, dense = run.method, _dense(run)
-    if not isinstance(method, Experts):
+    if "upcycle" not in seam(run.method).stages:
         choice = methods_with("upcycle")
         raise InputError(
-            f"method.name: {method.name} has nothing to upcycle beforehand: choose from {choice}"
+            f"method.name: {run.method.name} has nothing to upcycle beforehand: choose from {choice}"
         )
+    method, dense = cast(Experts, run.method), _dense(run)
     source = clusters(run) if "clusters" in seam(method).stages else None
     identity = {
         **_head("upcycle"),
