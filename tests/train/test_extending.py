@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.local_session import free_port
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
@@ -26,14 +25,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from support.local_session import LocalSession, environment, small_job, small_run
+from support.local_session import LocalSession, environment, free_port, small_job, small_run
 from torch import multiprocessing as mp
 
 from raymoe.config import Run, replace, validate
 from raymoe.data.instructions import prepare
 from raymoe.train import worker
 
-pico, data, out, port = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+pico, data, out = map(Path, sys.argv[1:])
 
 
 def run(z_loss):
@@ -70,6 +69,7 @@ def two(rank, port):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    environment(os.environ.__setitem__, 0, 1, free_port())
     prepare(run(0).data, pico, out / "data", corpus=None, seed=0)
     free = train("free", 0.0)
     whole = train("whole", {Z_LOSS})
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     torch.save({{"scales": scales, "logits": logits}}, out / "whole.pt")
     train("first", {Z_LOSS}, checkpoint=out / "checkpoint", stop_after={HALF})
     train("resumed", {Z_LOSS}, checkpoint=out / "checkpoint", resume=True)
-    mp.spawn(two, (port,), nprocs=2)
+    mp.spawn(two, (free_port(),), nprocs=2)
 """
 
 
@@ -125,7 +125,7 @@ def trained(extended: Path, pico: Path, data_folder: Path, tmp_path_factory: pyt
     """Results of the page's method: `free` (no z-loss), `whole`, `first` and `resumed`, likewise with ZeRO-3."""
     out = tmp_path_factory.mktemp("trained")
     (extended / "script.py").write_text(SCRIPT)
-    run(extended, "script.py", str(pico), str(data_folder), str(out), str(free_port()))
+    run(extended, "script.py", str(pico), str(data_folder), str(out))
     return out
 
 
