@@ -149,7 +149,7 @@ def test_moe_models_are_refused(kind: str) -> None:
 def test_other_architectures_are_named_with_the_supported_ones(kind: str) -> None:
     line = error(seed.check_supported, AutoConfig.for_model(kind))
     assert f"architecture {kind} is not supported" in line
-    assert line.endswith("choose from llama, mistral, qwen2, qwen3")
+    assert line.endswith("choose from llama, mistral, qwen2, qwen3, olmo2, granite, ernie4_5")
 
 
 @pytest.mark.parametrize(

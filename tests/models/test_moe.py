@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -17,8 +18,6 @@ from raymoe.models.moe import (
     upcycle_model,
 )
 from raymoe.schema import InputError
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def dense_model(folder: Path) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import write_pico
+from support.models import FAMILIES, SPARSE, write_pico
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -25,8 +25,6 @@ from raymoe.schema import InputError
 from raymoe.upcycle import expand
 from raymoe.upcycle.checkpoint import materialize, write_model
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
-GATINGS = ["straight_through", "renormalized", "softmax"]
 ROWS = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -55,8 +53,7 @@ def tensors_on_disk(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("gating", GATINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "gating"), SPARSE)
 def test_stock_transformers_computes_the_upcycled_model(
     dense_models: dict[str, Path], tmp_path: Path, family: str, gating: str, top_k: int
 ) -> None:
@@ -180,8 +177,7 @@ def trained(dense: Path, gating: str, dtype: torch.dtype = torch.float32) -> Pre
     return model
 
 
-@pytest.mark.parametrize("gating", GATINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "gating"), SPARSE)
 def test_a_trained_model_is_the_same_in_stock_transformers(
     dense_models: dict[str, Path], tmp_path: Path, family: str, gating: str
 ) -> None:
