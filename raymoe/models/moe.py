@@ -207,9 +207,9 @@ def upcycle_model(
         InputError: no stock sparse class computes what this model and gating would, or router rows of another
             shape.
     """
-    layers = model.get_decoder().layers
     in_fp32 = layout_of(model.config, method).router_in_fp32
     _check_shape(model.config, router_LND, method)
+    layers = model.get_decoder().layers
     for number, (layer, router_ND) in enumerate(zip(layers, router_LND, strict=True)):
         layer.mlp = SparseMoE.from_dense(
             layer.mlp, router_ND, method, experts_implementation, number, start, in_fp32

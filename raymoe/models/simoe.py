@@ -645,7 +645,7 @@ def interpolate(model: PreTrainedModel, on_layer: Callable[[nn.Module], None] | 
     Raises:
         InputError: a module with parameters that is neither a known linear nor a norm; names all of them.
     """
-    layout, scales_in_fp32 = gate_layout(model), family_of(model.config).norms_scale_in_fp32
+    scales_in_fp32, layout = family_of(model.config).norms_scale_in_fp32, gate_layout(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layers: list[InterpolatedLayer] = []

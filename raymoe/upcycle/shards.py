@@ -54,9 +54,9 @@ class Slot:
         return _DTYPES[self.dtype]
 
     @classmethod
-    def of(cls, dtype: torch.dtype, *shape: int) -> Slot:
+    def of(cls, dtype: torch.dtype, *shape: int, parts: int = 1) -> Slot:
         """Return room for a tensor of torch's `dtype`."""
-        return cls(_NAMES[dtype], shape)
+        return cls(_NAMES[dtype], shape, parts=parts)
 
 
 def total_bytes(plan: Mapping[str, Slot]) -> int:
