@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.config import LocalModel, Model
-from raymoe.models.families import FAMILIES
+from raymoe.methods import Experts
+from raymoe.models.families import FAMILIES, sparse_config
 from raymoe.schema import InputError
 
 if TYPE_CHECKING:
@@ -118,6 +119,14 @@ def check_supported(config: PretrainedConfig | Mapping[str, Any]) -> None:
     if refusal := FAMILIES[kind].refusal(values):
         setting, reason = refusal
         raise InputError(f"model.name: {kind} with {setting} is not supported: {reason}")
+
+
+def check_upcycling(folder: Path, method: Experts) -> None:
+    """Raise InputError unless a stock sparse class computes what `method` makes of the dense model in `folder`."""
+    from transformers import AutoConfig
+
+    check_supported(_read_config(folder))
+    sparse_config(AutoConfig.from_pretrained(folder, local_files_only=True), method)
 
 
 def _local_folder(model: Model) -> Path | None:

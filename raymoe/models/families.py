@@ -7,6 +7,7 @@ and a tiny model of it to tests/support/models.py; docs/models.md says what to l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -387,7 +388,7 @@ def sparse_config(dense: PreTrainedConfig, method: Experts) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     layout = layout_of(dense, method)
-    shared = {name: getattr(dense, name) for name in SHARED_SETTINGS if hasattr(dense, name)}
+    shared = {name: deepcopy(getattr(dense, name)) for name in SHARED_SETTINGS if hasattr(dense, name)}
     config = AutoConfig.for_model(
         layout.model_type,
         **shared,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from raymoe.methods import Experts
-from raymoe.models.families import layout_of
+from raymoe.models.families import layout_of, sparse_config
 from raymoe.schema import InputError
 
 
@@ -208,6 +208,7 @@ def upcycle_model(
             shape.
     """
     in_fp32 = layout_of(model.config, method).router_in_fp32
+    sparse_config(model.config, method)  # what could not be exported is refused before it is trained
     _check_shape(model.config, router_LND, method)
     layers = model.get_decoder().layers
     for number, (layer, router_ND) in enumerate(zip(layers, router_LND, strict=True)):

@@ -103,6 +103,13 @@ def test_a_gating_that_no_class_computes_is_refused_with_the_reason(family: str,
     assert isinstance(model.get_decoder().layers[0].mlp.gate_proj, nn.Linear)  # nothing was replaced
 
 
+def test_what_could_not_be_exported_is_not_trained() -> None:
+    windows = {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}
+    model = pico_model("qwen3", **windows)
+    line = line_of(upcycle_model, model, torch.zeros(2, 4, 32), method("renormalized"))
+    assert line == "model: Qwen3-MoE can't hold a sliding window in some layers only"
+
+
 @pytest.mark.parametrize(("family", "setting"), REFUSED)
 def test_a_setting_that_no_class_holds_is_refused_with_the_reason(family: str, setting: str) -> None:
     config = AutoConfig.for_model(family)
