@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 
 from raymoe.data.packing import Documents
 from raymoe.methods import SparseInterpolation
+from raymoe.models.families import family_of
 from raymoe.schema import InputError
 
 Form = Literal["factored", "merged"]
@@ -407,10 +408,20 @@ class InterpolatedLinear(InterpolatedLayer):
 
 
 class InterpolatedNorm(InterpolatedLayer):
-    """A norm of the dense model's own class whose weight is w + c * delta: `weight` and `delta` [D]."""
+    """A norm of the dense model's own class whose weight is w + c * delta: `weight` and `delta` [D].
 
-    def __init__(self, norm: nn.Module, owner: Callable[[], Blend | None], index: int) -> None:
+    `scales_in_fp32`: that class rounds after it has scaled, not before (as OLMo-2's does).
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        owner: Callable[[], Blend | None],
+        index: int,
+        scales_in_fp32: bool = False,
+    ) -> None:
         super().__init__(owner, index)
+        self.scales_in_fp32 = scales_in_fp32
         self.weight = norm._parameters.pop("weight")  # type: ignore[assignment]
         self.delta = nn.Parameter(torch.zeros_like(self.weight))
         self._norm = (norm,)  # in a tuple: not a module of the model, its weight is handed to it
@@ -421,7 +432,7 @@ class InterpolatedNorm(InterpolatedLayer):
         if self.merged is not None or blend is None:
             return self._normed(x, self.weight if self.merged is None else self.merged)
         samples = blend.samples if blend.samples is not None else _rows(x[..., 0, :] if x.dim() > 3 else x)
-        n = self._normed(x, 1.0)
+        n = self._normed(x.float() if self.scales_in_fp32 else x, 1.0)
         y: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
             n.reshape(len(samples), -1, n.shape[-1]),
             self.weight,
@@ -429,7 +440,7 @@ class InterpolatedNorm(InterpolatedLayer):
             blend.parts[self.index],
             samples,
         )
-        return y.view(n.shape)
+        return y.view(n.shape).to(x.dtype)
 
     def _normed(self, x: Tensor, weight: Tensor | float) -> Tensor:
         (norm,) = self._norm
@@ -634,7 +645,7 @@ def interpolate(model: PreTrainedModel, on_layer: Callable[[nn.Module], None] | 
     Raises:
         InputError: a module with parameters that is neither a known linear nor a norm; names all of them.
     """
-    layout = gate_layout(model)
+    scales_in_fp32, layout = family_of(model.config).norms_scale_in_fp32, gate_layout(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layers: list[InterpolatedLayer] = []
@@ -645,7 +656,10 @@ def interpolate(model: PreTrainedModel, on_layer: Callable[[nn.Module], None] | 
 
     for index, span in enumerate(layout.spans):
         dense = model.get_submodule(span.name)
-        made = (InterpolatedNorm if span.kind == "norm" else InterpolatedLinear)(dense, blend, index)
+        if span.kind == "norm":
+            made: InterpolatedLayer = InterpolatedNorm(dense, blend, index, scales_in_fp32)
+        else:
+            made = InterpolatedLinear(dense, blend, index)
         model.set_submodule(span.name, made)
         layers.append(made)
         last = index + 1 == len(layout.spans) or layout.spans[index + 1].layer != span.layer

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from raymoe.analysis.size import WEIGHT_BYTES, Counts, training_state
 from raymoe.config import RunFile
 from raymoe.methods import Experts, SparseInterpolation
+from raymoe.models.families import family_of
 from raymoe.models.packed_attention import LOGITS_PER_CHUNK
 from raymoe.models.simoe import gate_layout
 
@@ -32,7 +33,9 @@ class Activations:
     heads, b bytes of the precision, k = top_k, V = vocabulary; per token, all of which count as completion).
 
     kept, for the backward pass, of every layer; with checkpointing only its input, b D:
-        norm: 4 D (its input in fp32) + 2 b D (normalised; scaled). Two in a layer; of qwen3 also of query and key.
+        norm: 4 D (its input in fp32) + b D (normalised; 4 D where the family scales in fp32) + b D (what the linears
+            behind it read: it, scaled; before a norm that comes after them, the residual). Two in a layer; in
+            some families also of query and key, which then are what attention keeps.
         attention: b (3 A + 2 K): query, key, value, output, output in the order of tokens; no score matrices.
         FFN: 4 b F: gate, its activation, up, their product. Experts: k times that, 2 k b D for what is dispatched and
             what comes back, 12 N for the router. SIMoE's linears keep what dense ones do; its coefficients are
@@ -88,7 +91,7 @@ def activations(
     tokens: int,
     checkpointing: bool = False,
 ) -> Activations:
-    """Of one micro batch of `tokens` tokens of the dense `model` (on any device) under `method`."""
+    """Return those of one micro batch of `tokens` tokens of the dense `model` (on any device) under `method`."""
     c, b = model.config, WEIGHT_BYTES[precision]
     layer = tokens * _layer_bytes(model, method, b)
     kept = c.num_hidden_layers * (tokens * b * c.hidden_size if checkpointing else layer)
@@ -103,12 +106,14 @@ def activations(
 
 
 def _layer_bytes(model: PreTrainedModel, method: object, b: int) -> int:
-    """What one decoder layer keeps of a token."""
+    """Return what one decoder layer keeps of a token."""
     c = model.config
     width, ffn = c.hidden_size, c.intermediate_size
     head_width = getattr(c, "head_dim", None) or width // c.num_attention_heads
     a, k = c.num_attention_heads * head_width, c.num_key_value_heads * head_width
-    norms = 2 * (4 + 2 * b) * width + ((4 + b) * (a + k) if c.model_type == "qwen3" else 0)
+    family = family_of(c)
+    norm = 4 + (4 if family.norms_scale_in_fp32 else b)
+    norms = 2 * (norm + b) * width + (norm * (a + k) if family.query_key_norms else 0)
     attention = b * (3 * a + 2 * k)
     if isinstance(method, Experts):
         ffn_bytes = method.top_k * b * (4 * ffn + 2 * width) + 12 * method.num_experts
