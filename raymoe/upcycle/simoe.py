@@ -35,8 +35,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raymoe.config import Data, validate
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
-from raymoe.data.sources import Instruction
 from raymoe.methods import SparseInterpolation
 from raymoe.models.simoe import (
     GateLayout,

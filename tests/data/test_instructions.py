@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raymoe.config import Data
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import Encoded, encode, prepare
 from raymoe.data.packing import collate, epoch_sequences, pack
-from raymoe.data.sources import Instruction
 from raymoe.schema import InputError
 
 CHAT_TEMPLATE = (
@@ -124,13 +124,15 @@ def test_rows_that_the_template_refuses_or_rewrites_are_bad(tokenizer: PreTraine
     good = Instruction("b", "d", "t", (("user", "x"),), "z", "f:2")
     chat = with_template(tokenizer, CHAT_TEMPLATE)
     with pytest.raises(
-        InputError, match=r"f:1: the tokenizer's chat template refuses it: system must come first"
+        InputError, match=r"f:1: the tokenizer's chat template rejects it: system must come first"
     ):
         encode([late_system, good], chat, Data())
     kept = encode([late_system, good], chat, Data(on_bad_row="skip"))
     assert kept.ids == ("b",) and len(kept.skipped) == 1
     rewriting = with_template(tokenizer, "{{ messages | length }}{% if add_generation_prompt %}:{% endif %}")
-    with pytest.raises(InputError, match=r"f:2: .* renders the conversation other than its prompt"):
+    with pytest.raises(
+        InputError, match=r"f:2: .* renders the prompt differently within the whole conversation"
+    ):
         encode([good], rewriting, Data())
 
 

@@ -58,7 +58,7 @@ def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     library.mkdir()
     for file in Path(sysconfig.get_paths()["stdlib"]).glob("*.py"):
         (library / file.name).symlink_to(file)
-    monkeypatch.setattr(local_corpus, "_library", lambda: library)
+    monkeypatch.setattr(local_corpus, "library_folder", lambda: library)
     return library
 
 
@@ -110,7 +110,7 @@ def test_another_process_hash_seed_and_locale_write_the_same_bytes(
         "import sys, json; from pathlib import Path; from raymoe.data import local_corpus as c;"
         "print(json.dumps([c.write(Path(sys.argv[1])), c.identity()]))"
     )
-    root = Path(local_corpus.__file__).parents[2]
+    root = Path(local_corpus.__file__).parents[3]
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "7",
@@ -141,7 +141,7 @@ def test_a_stripped_library_is_enough(small_library: Path, tmp_path: Path) -> No
 
 
 def test_without_library_sources_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_corpus, "_library", lambda: tmp_path)
+    monkeypatch.setattr(local_corpus, "library_folder", lambda: tmp_path)
     with pytest.raises(
         InputError, match=r"^data\.train: no local corpus: .* lacks the standard library's sources$"
     ):

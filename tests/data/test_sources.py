@@ -21,7 +21,8 @@ import pytest
 
 from raymoe.cli.options import parse_overrides
 from raymoe.config import Data, RunFile, Source, load, validate
-from raymoe.data.sources import Instruction, read
+from raymoe.data.columns import Instruction
+from raymoe.data.sources import read
 from raymoe.schema import InputError
 from raymoe.stages import instructions as instructions_stage
 
@@ -152,8 +153,8 @@ def test_shapes_of_a_row(
         ("[1, 2]", "expected an object with keys, found list"),
         ("[" * 200_000, "nested too deeply"),
         ('{"n": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
-        (HALF, "not Unicode: half of a surrogate pair"),
-        (HALF.replace("prompt", "a\\ud800"), "not Unicode: half of a surrogate pair"),
+        (HALF, "not valid Unicode: half of a surrogate pair"),
+        (HALF.replace("prompt", "a\\ud800"), "not valid Unicode: half of a surrogate pair"),
         (
             {"text": "x"},
             "no known columns among text: expected messages, conversations, prompt and completion",
@@ -175,9 +176,9 @@ def test_shapes_of_a_row(
             {"conversations": [{"from": "tool", "value": "x"}]},
             "conversations.from is 'tool': expected one of",
         ),
-        ({"conversations": [{"from": "gpt", "text": "x"}]}, "conversations holds something that has no from"),
+        ({"conversations": [{"from": "gpt", "text": "x"}]}, "conversations holds a turn without from"),
         ({"messages": []}, "messages is list"),
-        ({"messages": [{"role": "user"}]}, "messages holds something that has no role and content"),
+        ({"messages": [{"role": "user"}]}, "messages holds a turn without role and content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "empty prompt"),
     ],
@@ -337,7 +338,7 @@ def test_nothing_left_to_train_on_is_an_error_of_one_line(tmp_path: Path) -> Non
     with pytest.raises(InputError) as error:
         read(Data(train=str(file), validation=str(file)), "train", None, seed=0)
     assert str(error.value) == (
-        f"data.train: {file}: every prompt is held out too, which leaves none to train on"
+        f"data.train: {file}: every prompt is also held out, which leaves none to train on"
     )
 
 
@@ -561,7 +562,7 @@ def read_elsewhere(
         ((503, {}), "can't be reached (Server error '503"),
         ((404, {"X-Error-Code": "RepoNotFound"}), "has no such data set (or a private one"),
         ((404, {"X-Error-Code": "RevisionNotFound"}), "has no revision 'v1' of it"),
-        ((403, {"X-Error-Code": "GatedRepo"}), "gives it only to whom access was granted"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "has it gated: request access"),
     ],
     indirect=["hub"],
 )
@@ -570,7 +571,7 @@ def test_a_hub_that_does_not_give_a_data_set_is_asked_once(
 ) -> None:
     address, requests = hub
     error, _, _ = read_elsewhere(tmp_path, address, {"name": "nobody/nothing", "revision": "v1"})
-    assert error.startswith(f"data.train: 'nobody/nothing' is no file, and the Hugging Face Hub {reason}")
+    assert error.startswith(f"data.train: 'nobody/nothing' is not a file, and the Hugging Face Hub {reason}")
     asked = [path for path in requests if "nobody" in path]
     assert "\n" not in error and asked == ["/api/datasets/nobody/nothing/revision/v1"]
 
@@ -609,7 +610,7 @@ def test_an_unreachable_hub_leaves_the_cache_of_the_same_revision(tmp_path: Path
     assert error == "" and len(set(numbers)) == 4
     assert all(text == f"question {n - 1}" for n, (_, _, text) in zip(numbers, examples, strict=True))
     error, _, _ = read_elsewhere(tmp_path, refused, {"name": "org/sums", "revision": "v2"})
-    assert "can't be reached" in error and error.endswith("is of commit c0ffee0, not known to be revision v2")
+    assert "can't be reached" in error and error.endswith("is commit c0ffee0, which may not be revision v2")
 
 
 def test_a_source_names_the_column_of_its_tasks(tmp_path: Path) -> None:

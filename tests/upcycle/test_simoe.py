@@ -16,8 +16,8 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from raymoe.config import Data
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
-from raymoe.data.sources import Instruction
 from raymoe.methods import SparseInterpolation
 from raymoe.models.generate import generate
 from raymoe.models.packed_attention import PACKED_ATTENTION
