@@ -35,11 +35,12 @@ from torch import Tensor, nn
 
 from raymoe.data.packing import Batch
 from raymoe.methods import SparseInterpolation
-from raymoe.models import simoe
 from raymoe.models.causal_loss import CausalLoss
+from raymoe.models.interpolated import Form
+from raymoe.models.simoe import chosen_form, interpolate
 from raymoe.train.masks import MaskTrainer
 
-FORMS: tuple[simoe.Form, ...] = ("factored", "merged")
+FORMS: tuple[Form, ...] = ("factored", "merged")
 STATES = {"start": 1.0, "compact": 0.25}
 """Share of the columns that are open."""
 STANDS_STILL = 1e-9
@@ -61,10 +62,10 @@ class Documents(Contest):
 class Interpolating(Contestant):
     """SIMoE in one form; `share` of its columns are open in all experts, the others in none (1: as it starts)."""
 
-    def __init__(self, contest: Contest, form: simoe.Form, share: float) -> None:
+    def __init__(self, contest: Contest, form: Form, share: float) -> None:
         self.batch, self.form, self.limit = contest.batch, form, contest.o.log_alpha
         dense = contest.dense_model()
-        self.interpolated = simoe.interpolate(dense)
+        self.interpolated = interpolate(dense)
         self.masks = self._trainer(contest)
         self.log_alpha = self._start(share)
         self.causal = contest._ready(CausalLoss(dense))
@@ -127,7 +128,7 @@ class Interpolating(Contestant):
         self.masks.end(0, 1.0)
 
 
-def floor(contest: Contest, form: simoe.Form | None, share: float = 1.0) -> Callable[[], None]:
+def floor(contest: Contest, form: Form | None, share: float = 1.0) -> Callable[[], None]:
     """The GEMMs of all linear layers of a step of `form`, of the dense model where it is None.
 
     One layer's operands for all layers: nothing but the products is timed.
@@ -188,7 +189,7 @@ def report(contest: Documents, rounds: Rounds, state: str, name: str, goal: floa
     """Which form is faster, which one raymoe picks, and the figure of each."""
     o, samples = contest.o, len(contest.batch.documents)
     faster = min(FORMS, key=lambda form: rounds.median(f"{state} {form}"))
-    picked = simoe.chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)
+    picked = chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)
     print(f"  {state}: faster {faster}, picked {picked}, {live_share:.0%} of the columns open")
     for form in FORMS:
         own = f"{state} {form}"

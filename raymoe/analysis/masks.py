@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
-from raymoe.models import simoe
-from raymoe.models.simoe import KINDS, GateLayout
+from raymoe.models import gates
+from raymoe.models.gates import KINDS, GateLayout
 
 Floats = NDArray[np.float64]
 
@@ -71,10 +71,10 @@ def describe_gates(gates_MG: Tensor, layout: GateLayout, scope: str = "union") -
         "live_gates": int(open_G.sum()),
         "live_parameters": int(owned_G[open_G].sum()),
         "scope": scope,
-        "sparsity": {s: simoe.sparsity(gates_MG, owned_G, s).tolist() for s in SCOPES},
+        "sparsity": {s: gates.sparsity(gates_MG, owned_G, s).tolist() for s in SCOPES},
         "overlap": {
-            "ratios": simoe.overlap(gates_MG).tolist(),
-            "mean": float(simoe.mean_overlap(gates_MG)),
+            "ratios": gates.overlap(gates_MG).tolist(),
+            "mean": float(gates.mean_overlap(gates_MG)),
         },
         **_where(gates_MG, layout),
     }

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from raymoe.methods import Dense, Experts, SparseInterpolation
-from raymoe.models.simoe import GateLayout, PromptRouter, gate_layout
+from raymoe.models.gates import GateLayout, PromptRouter, gate_layout
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4

@@ -80,7 +80,7 @@ def score_all(
     with writing(out) as folder:
         pq.write_table(table, folder / SCORES)
     return {
-        "examples": len(encoded),
+        "instances": len(encoded),  # the key that stores already hold
         "tokens": int(encoded.offsets[-1]),
         "passes": len(packs),
         "mean_nll": float(nll.sum() / (encoded.lengths - encoded.prompt_lengths).sum()),

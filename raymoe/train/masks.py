@@ -24,10 +24,8 @@ from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Batch
 from raymoe.methods import SparseInterpolation
 from raymoe.models.collectives import summed
-from raymoe.models.simoe import (
-    Form,
+from raymoe.models.gates import (
     Gates,
-    Interpolated,
     PromptRouter,
     expected_sparsity,
     live_columns,
@@ -35,6 +33,8 @@ from raymoe.models.simoe import (
     orthogonality,
     sparsity,
 )
+from raymoe.models.interpolated import Form
+from raymoe.models.simoe import Interpolated
 from raymoe.train.gate_optimizer import GateDescent
 from raymoe.train.spec import FIRST_STEPS
 from raymoe.upcycle.simoe import Masks

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raymoe.analysis.figures import activation, constraint, draw, overlap, size, where
 from raymoe.analysis.masks import describe
-from raymoe.models.simoe import gate_layout
+from raymoe.models.gates import gate_layout
 
 SIZES = {
     "simoe": {"total": 9_600_000_000, "active": 9_600_000_000, "training_bytes": 120 * 2**30},

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from raymoe.analysis.masks import clustered, describe, headline
-from raymoe.models.simoe import GateLayout, gate_layout
+from raymoe.models.gates import GateLayout, gate_layout
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3,

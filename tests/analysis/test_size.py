@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Mixtra
 
 from raymoe.analysis.size import Counts, sizes, training_state
 from raymoe.methods import SparseInterpolation, SparseUpcycling
+from raymoe.models.gates import Gates, PromptRouter, gate_layout
 from raymoe.models.moe import upcycle_model
-from raymoe.models.simoe import Gates, PromptRouter, gate_layout, interpolate
+from raymoe.models.simoe import interpolate
 
 METHOD = SparseInterpolation(num_experts=3, sparsity_target=0.75, router_hidden_size=5)
 

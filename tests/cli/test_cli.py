@@ -22,7 +22,8 @@ from raymoe.config import Execution, Run, load
 from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
 from raymoe.methods import SparseInterpolation
-from raymoe.models.simoe import PromptRouter, interpolate
+from raymoe.models.gates import PromptRouter
+from raymoe.models.simoe import interpolate
 from raymoe.stages import Context, Stage
 from raymoe.storage.store import Store
 from raymoe.tracking.ledger import Ledger

@@ -19,9 +19,10 @@ from raymoe.config import Data
 from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
 from raymoe.methods import SparseInterpolation
+from raymoe.models.gates import PromptRouter, live_columns
 from raymoe.models.generate import generate
 from raymoe.models.packed_attention import PACKED_ATTENTION
-from raymoe.models.simoe import Interpolated, PromptRouter, interpolate, live_columns
+from raymoe.models.simoe import Interpolated, interpolate
 from raymoe.schema import InputError
 from raymoe.upcycle.simoe import (
     Masks,
