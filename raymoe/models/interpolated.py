@@ -48,7 +48,7 @@ class InterpolatedLayer(nn.Module):
         self._blend = owner
 
     def merge(self, c_I: Tensor) -> Tensor:
-        """Return the merged weight for one sample's coefficients, merged in fp32 and rounded to the weight's dtype."""
+        """Return the merged weight for one sample's coefficients, merged in fp32, rounded to its dtype."""
         return merged_weight(self.weight, self.delta, c_I).to(self.weight.dtype)
 
 
