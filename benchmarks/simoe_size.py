@@ -33,8 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raymoe.analysis.size import sizes
 from raymoe.methods import SparseInterpolation, SparseUpcycling
 from raymoe.models.causal_loss import LOAD_BALANCE, CausalLoss
+from raymoe.models.gates import gate_layout
 from raymoe.models.moe import upcycle_model
-from raymoe.models.simoe import gate_layout
 
 METHOD = SparseInterpolation(num_experts=8, sparsity_target=0.75)
 UPCYCLED = {"num_experts": 4, "top_k": 2}

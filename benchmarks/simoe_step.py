@@ -38,13 +38,14 @@ from raymoe.config import Execution, Run, validate
 from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Batch
 from raymoe.methods import SparseInterpolation
-from raymoe.models import simoe
 from raymoe.models.causal_loss import CausalLoss
+from raymoe.models.interpolated import Form
+from raymoe.models.simoe import chosen_form
 from raymoe.train.extension import Setting
 from raymoe.train.masks import MaskTrainer
 from raymoe.train.spec import WorkerSpec
 
-FORMS: tuple[simoe.Form, ...] = ("factored", "merged")
+FORMS: tuple[Form, ...] = ("factored", "merged")
 STATES = {"start": 1.0, "compact": 0.25}
 """Share of the columns that are open."""
 STANDS_STILL = 1e-9
@@ -66,7 +67,7 @@ class Documents(Contest):
 class Interpolating(Contestant):
     """SIMoE in one form; `share` of its columns are open in all experts, the others in none (1: as it starts)."""
 
-    def __init__(self, contest: Contest, form: simoe.Form, share: float) -> None:
+    def __init__(self, contest: Contest, form: Form, share: float) -> None:
         self.batch, self.form, self.limit = contest.batch, form, contest.o.log_alpha
         dense = contest.dense_model()
         self.masks = self._trainer(contest, dense)
@@ -133,7 +134,7 @@ class Interpolating(Contestant):
         self.masks.end(0, 1.0)
 
 
-def floor(contest: Contest, form: simoe.Form | None, share: float = 1.0) -> Callable[[], None]:
+def floor(contest: Contest, form: Form | None, share: float = 1.0) -> Callable[[], None]:
     """The GEMMs of all linear layers of a step of `form`, of the dense model where it is None.
 
     One layer's operands for all layers: nothing but the products is timed.
@@ -194,7 +195,7 @@ def report(contest: Documents, rounds: Rounds, state: str, name: str, goal: floa
     """Which form is faster, which one raymoe picks, and the figure of each."""
     o, samples = contest.o, len(contest.batch.documents)
     faster = min(FORMS, key=lambda form: rounds.median(f"{state} {form}"))
-    picked = simoe.chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)
+    picked = chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)
     print(f"  {state}: faster {faster}, picked {picked}, {live_share:.0%} of the columns open")
     for form in FORMS:
         own = f"{state} {form}"

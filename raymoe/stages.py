@@ -300,7 +300,7 @@ def clusters(run: Run) -> Stage:
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.routers.kmeans import cluster
+        from raymoe.routers.clusters import cluster
 
         result = cluster(local(source.path(context.store)), method, seed=run.seed)
         with writing(out) as folder:

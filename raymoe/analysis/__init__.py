@@ -1,1 +1,1 @@
-"""What a trained model turned out to be: measurements of it and their figures."""
+"""Analysis: measurements of a trained model, and figures of them."""

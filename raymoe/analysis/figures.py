@@ -3,8 +3,8 @@
     draw(description, rows, sizes, folder)      # masks.json, rows of metrics.jsonl, parameter counts
     timeline(rows).savefig(file)                # of a sweep: rows of timeline.jsonl
 
-overlap.png, where.png, activation.png (of the masks), constraint.png (over training), size.png (beside others).
-Matplotlib's own objects are used, never pyplot, whose state is global: workers draw while others train.
+overlap.png, where.png and activation.png show the masks, constraint.png the training, size.png the model beside
+others. Matplotlib's own objects are used, never pyplot, whose state is global: workers draw while others train.
 """
 
 from __future__ import annotations
@@ -32,30 +32,32 @@ Description = Mapping[str, Any]
 Row = Mapping[str, Any]
 Sizes = Mapping[str, Mapping[str, int]]
 Floats = NDArray[np.float64]
+Curve = tuple[list[int], list[float]]
+"""Steps and values of a metric."""
 
 DPI = 130
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, "#D55E00", "#CC79A7", "#56B4E9", "black", "#B8A800")
-"""Okabe and Ito's, which colour-blind people tell apart; their yellow darkened, it is drawn on white."""
+"""Okabe and Ito's colour-blind safe palette, its yellow darkened for a white background."""
 LINES = ("-", "--", ":", "-.")
 HEAT = "cividis"
 MOST_TASKS = 100
-"""Tasks that activation.png has room for: those with the most prompts."""
+"""Tasks that activation.png has room for; those with the most prompts are shown."""
 MOST_VALUES = 16
-"""Experts up to which the cells of a heat map hold their value."""
+"""Most experts for which the cells of a heat map show their value."""
 LONGEST = 44
-"""Characters of a task's name that are shown."""
+"""Characters shown of a task's name."""
 LABELS = {"simoe": "SIMoE", "upcycled": "sparse upcycling\n(4 experts, top-2)", "dense": "dense"}
 
 
 def draw(description: Description, rows: Iterable[Row], sizes: Sizes | None, out_folder: Path) -> list[Path]:
-    """Write the figures that there is something to show in.
+    """Write every figure that has something to show; returns the files.
 
     Args:
-        description: what `raymoe.analysis.masks.describe` returned.
-        rows: of the metric log, each with `step` and `metrics`.
-        sizes: of every model by its label, parameters `total` and `active`, and `training_bytes`.
-        out_folder: made if it is not there.
+        description: result of `raymoe.analysis.masks.describe`.
+        rows: the metric log, each row with `step` and `metrics`.
+        sizes: by model label, parameters `total` and `active`, and `training_bytes`.
+        out_folder: created if missing.
     """
     drawn = {
         "overlap": overlap(description),
@@ -67,14 +69,14 @@ def draw(description: Description, rows: Iterable[Row], sizes: Sizes | None, out
     out_folder.mkdir(parents=True, exist_ok=True)
     files = {out_folder / f"{name}.png": figure for name, figure in drawn.items() if figure is not None}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # in names of tasks: shown as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in task names: drawn as boxes
         for file, figure in files.items():
             figure.savefig(file, dpi=DPI)
     return list(files)
 
 
 def overlap(description: Description) -> Figure:
-    """What pairs of experts share, [M, M]; the diagonal, which is 1 by definition, stays blank."""
+    """Draw the overlap of each pair of experts [M, M]; the diagonal, 1 by definition, stays blank."""
     ratios_MM = np.array(description["overlap"]["ratios"])
     experts = len(ratios_MM)
     pairs_MM = np.where(np.eye(experts, dtype=bool), np.nan, ratios_MM)
@@ -92,7 +94,7 @@ def overlap(description: Description) -> Figure:
 
 
 def where(description: Description) -> Figure:
-    """Shares of non-zero parameters by kind of parameter and by depth."""
+    """Draw the fraction of non-zero parameters by kind of parameter and by depth."""
     kinds, layers = description["kinds"], description["layers"]
     figure = _figure(10.5, 4.6)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -121,7 +123,7 @@ def where(description: Description) -> Figure:
 
 
 def activation(description: Description) -> Figure:
-    """Mean expert weights of every task, similar tasks beside each other under a dendrogram."""
+    """Draw every task's mean expert weights, ordered by a dendrogram so that similar tasks are neighbours."""
     every = description["tasks"]
     tasks = sorted(every, key=lambda task: -task["prompts"])[:MOST_TASKS]
     weights_TM = np.array([task["weights"] for task in tasks])
@@ -131,7 +133,7 @@ def activation(description: Description) -> Figure:
     )
     order = _dendrogram(trees[0], weights_TM) if trees else list(range(len(tasks)))
     image = _heat(heat, weights_TM[order], aspect="auto")
-    pad = 0.2 / figure.get_figheight()  # a share of the height
+    pad = 0.2 / figure.get_figheight()  # as a fraction of the height
     figure.colorbar(
         image, ax=heat, location="bottom", label="mean expert weight", aspect=30, shrink=0.6, pad=pad
     )
@@ -147,7 +149,7 @@ def activation(description: Description) -> Figure:
 
 
 def constraint(rows: Iterable[Row]) -> Figure | None:
-    """Loss, sparsity beside its target, and the multiplier over training; None without any of them."""
+    """Draw loss, sparsity with its target, and multipliers over training; None if no sparsity was logged."""
     curves = _curves(rows)
     multipliers = {name: curve for name, curve in curves.items() if name.startswith("masks/multiplier")}
     if "masks/sparsity" not in curves:
@@ -161,17 +163,12 @@ def constraint(rows: Iterable[Row]) -> Figure | None:
         sparsity.plot(*curves["masks/target"], color=GREY, lw=1.2, ls="--", label="target")
     sparsity.set_ylim(-0.03, 1.03)
     sparsity.yaxis.set_major_formatter(_percent)
-    for i, (name, curve) in enumerate(sorted(multipliers.items(), key=_expert_of)):
-        style = {"color": COLOURS[i % len(COLOURS)], "ls": LINES[i // len(COLOURS) % len(LINES)]}
-        multiplier.plot(*curve, lw=1, label=f"expert {name.rsplit('/', 1)[-1]}", **style)
+    _plot_by_expert(multiplier, multipliers)
     for axes in (sparsity, multiplier)[: 2 if len(multipliers) > 1 else 1]:
         columns = -(-len(axes.lines) // 12)
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, ncols=columns)
-    for axes, label in (
-        (loss, "loss (nats / token)"),
-        (sparsity, "sparsity (%)"),
-        (multiplier, "multiplier"),
-    ):
+    labels = ("loss (nats / token)", "sparsity (%)", "multiplier")
+    for axes, label in zip((loss, sparsity, multiplier), labels, strict=True):
         axes.set_ylabel(label)
         _open(axes)
     multiplier.set_xlabel("optimizer step")
@@ -182,7 +179,7 @@ def constraint(rows: Iterable[Row]) -> Figure | None:
 
 
 def size(sizes: Sizes) -> Figure | None:
-    """Parameters and training memory beside other models'; None if there are none."""
+    """Draw parameters and training memory beside other models'; None without sizes."""
     if not sizes:
         return None
     figure = _figure(10.5, 4.8)
@@ -207,11 +204,8 @@ def size(sizes: Sizes) -> Figure | None:
     return figure
 
 
-# ---- parts
-
-
 def timeline(rows: Sequence[Row]) -> Figure:
-    """Nodes of every type and trials that wait, train and have ended, over time, from `cluster/watch.py`."""
+    """Draw a sweep's nodes by type and its waiting, training and ended trials over time (`cluster/watch.py`)."""
     seconds = np.array([row["time"] - rows[0]["time"] for row in rows])
     units = {"seconds": 1, "minutes": 60, "hours": 3600}
     unit = next((name for name, size in units.items() if seconds[-1] < 300 * size), "hours")
@@ -234,8 +228,11 @@ def timeline(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+# ---- parts
+
+
 def _stack(axes: Axes, times: Floats, counts: Mapping[str, Sequence[int]], colours: Sequence[str]) -> None:
-    """Counts on top of each other; each lasts until the next time."""
+    """Stack counts on top of each other, each lasting until the next time."""
     below = np.zeros(len(times))
     for (name, values), colour in zip(counts.items(), cycle(colours), strict=False):
         above = below + np.array(values)
@@ -244,7 +241,7 @@ def _stack(axes: Axes, times: Floats, counts: Mapping[str, Sequence[int]], colou
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, drawn by Agg: no display is needed."""
+    """Make an empty figure (sizes in inches) drawn by Agg, which needs no display."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
     return figure
@@ -257,7 +254,7 @@ def _open(axes: Axes) -> None:
 
 
 def _heat(axes: Axes, values: Floats, aspect: Literal["auto", "equal"]) -> Any:
-    """A heat map from 0 on, with the values in its cells where they fit; nan cells are blank."""
+    """Draw a heat map starting at 0, with values in the cells where they fit; nan cells are blank."""
     high = max(1e-6, values[np.isfinite(values)].max(initial=0.0))
     image = axes.imshow(values, cmap=HEAT, vmin=0, vmax=high, aspect=aspect, interpolation="nearest")
     axes.set_facecolor("#eeeeee")
@@ -269,7 +266,7 @@ def _heat(axes: Axes, values: Floats, aspect: Literal["auto", "equal"]) -> Any:
 
 
 def _readable_on(colour: Sequence[float]) -> str:
-    """Black or white, whichever stands out more (WCAG 2's contrast, from the colour's relative luminance)."""
+    """Return black or white, whichever has more contrast (WCAG 2, by relative luminance)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3])
     return "white" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "black"
 
@@ -283,10 +280,19 @@ def _bars(
     shown: Callable[[float], str],
     **more: Any,
 ) -> None:
-    """Bars side by side, each with its value on top and how much more or less than `other` that is."""
+    """Draw bars side by side, each labelled with its value and its difference from `other` in percent."""
     width = 0.38 if shift else 0.5
     bars = axes.bar(np.arange(len(values)) + shift, values, width, color=colour, **more)
     axes.bar_label(bars, [_beside(value, other, shown) for value in values], padding=2, fontsize=8)
+
+
+def _plot_by_expert(axes: Axes, curves: Mapping[str, Curve]) -> None:
+    """Plot `<metric>/<expert>` curves, told apart by colour and, beyond the palette, by line style."""
+    for i, (name, curve) in enumerate(sorted(curves.items(), key=_expert_of)):
+        steps, values = curve
+        line = LINES[i // len(COLOURS) % len(LINES)]
+        label = f"expert {name.rsplit('/', 1)[-1]}"
+        axes.plot(steps, values, lw=1, label=label, color=COLOURS[i % len(COLOURS)], ls=line)
 
 
 def _expert_axis(axis: Any, experts: int) -> None:
@@ -296,12 +302,12 @@ def _expert_axis(axis: Any, experts: int) -> None:
 
 
 def _differ(weights_TM: Floats) -> bool:
-    """Whether there is anything to cluster: not with one task, nor with one expert."""
+    """True if the tasks differ: there is nothing to cluster with one task, nor with one expert."""
     return bool((weights_TM != weights_TM[0]).any())
 
 
 def _dendrogram(axes: Axes, weights_TM: Floats) -> list[int]:
-    """Draw the tree of tasks to the left of their rows; the order of the rows."""
+    """Draw the tree of tasks to the left of the heat map; returns the order of its rows."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_yticks([])
     tree = dendrogram(clustered(weights_TM), no_plot=True)
@@ -315,16 +321,16 @@ def _dendrogram(axes: Axes, weights_TM: Floats) -> list[int]:
 
 
 def _task_name(task: Mapping[str, Any]) -> str:
-    """`task (domain)`, with its middle left out where it is long."""
+    """Return `task (domain)`, its middle cut out if it is long."""
     name, domain = task["task"], task["domain"]
     text = name if name == domain else f"{name} ({domain})"
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half].rstrip()}…{text[-half:].lstrip()}"
 
 
-def _curves(rows: Iterable[Row]) -> dict[str, tuple[list[int], list[float]]]:
-    """Of every metric the steps and its values."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+def _curves(rows: Iterable[Row]) -> dict[str, Curve]:
+    """Collect every metric's steps and values."""
+    curves: dict[str, Curve] = {}
     for row in rows:
         for name, value in row["metrics"].items():
             steps, values = curves.setdefault(name, ([], []))
@@ -343,7 +349,7 @@ def _against(title: str, other: Mapping[str, int], what: str) -> str:
 
 
 def _beside(value: int, other: int | None, shown: Callable[[float], str]) -> str:
-    """`9.6B` and, below it, how much more or less than `other` that is."""
+    """Format `9.6B` and, below it, the difference from `other` in percent."""
     if not other or value == other:
         return shown(value)
     return f"{shown(value)}\n{100 * (value / other - 1):+.0f}%".replace("-", "−")
@@ -358,7 +364,7 @@ def _percent(value: float, _: int) -> str:
 
 
 def _byte_step(most: float) -> float:
-    """1, 2 or 5 times a power of ten of the unit that `most` bytes are shown in: some five steps up to it."""
+    """Return 1, 2 or 5 times a power of ten of the unit: some five ticks on an axis up to `most` bytes."""
     unit = 1024.0 ** max(0, int(np.log(max(1.0, most)) / np.log(1024)))
     rough = max(1e-9, most / unit / 5)
     power = 10.0 ** np.floor(np.log10(rough))
@@ -370,7 +376,7 @@ def _bytes(value: float) -> str:
 
 
 def _scaled(value: float, base: int, units: Sequence[str], gap: str) -> str:
-    """Three digits and a unit."""
+    """Format three digits and a unit."""
     power = 0
     while abs(value) >= base and power + 1 < len(units):
         value, power = value / base, power + 1

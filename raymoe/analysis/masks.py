@@ -1,9 +1,9 @@
-"""What SIMoE's masks turned out to be: how sparse, how much they share, where they open and for which task.
+"""Describe SIMoE's masks: how sparse they are, how much they overlap, where they open and for which tasks.
 
     description = describe(gates_MG, layout, weights_SM, tasks, domains)    # plain values: masks.json
-    headline(description)                                                   # the few of them that are metrics
+    headline(description)                                                   # the few that are logged as metrics
 
-Shapes: M experts, G gates, L layers' gate spans, S held-out prompts, T tasks.
+Shapes: M experts, G gates, L gate spans, S held-out prompts, T tasks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
-from raymoe.models import simoe
-from raymoe.models.simoe import KINDS, GateLayout
+from raymoe.models import gates
+from raymoe.models.gates import KINDS, GateLayout
 
 Floats = NDArray[np.float64]
 
 KIND_ORDER = ("norm", *KINDS.values())
 SCOPES = ("union", "mean", "per_expert")
 ORDERED = 200
-"""Ordering takes a second for 750 tasks, and 15 for twice as many."""
+"""Most tasks that are ordered optimally: it takes 1 s for 750 tasks, and 15 s for twice as many."""
 
 
 def describe(
@@ -35,31 +35,31 @@ def describe(
     domains: Sequence[str],
     scope: str = "union",
 ) -> dict[str, Any]:
-    """Everything about the masks of a trained model, as plain JSON values.
+    """Describe the masks of a trained model, as plain JSON values.
 
     Args:
         gates_MG: the gates in evaluation.
-        layout: what they gate.
-        weights_SM: the router's outputs for the held-out prompts.
+        layout: what each gate controls.
+        weights_SM: the router's output for each held-out prompt.
         tasks: each prompt's task [S].
         domains: each prompt's domain [S].
         scope: the `sparsity_scope` that the model was trained with, which `masks/sparsity` measures.
 
     Returns:
-        What `describe_gates` does, `tasks` and `domains` (number of `prompts` and mean expert `weights` [M]), and
-        `linkage` (`clustered` of the tasks, in their order; empty for a single one).
+        The result of `describe_gates`, `tasks` and `domains` (number of `prompts` and mean expert `weights` [M]),
+        and `linkage` (`clustered` of the tasks, in their order; empty for a single task).
     """
     activation = _activation(weights_SM.detach().double().cpu().numpy(), tasks, domains)
     return describe_gates(gates_MG, layout, scope) | activation
 
 
 def describe_gates(gates_MG: Tensor, layout: GateLayout, scope: str = "union") -> dict[str, Any]:
-    """What the gates in evaluation tell without any prompt, as plain JSON values.
+    """Describe the gates in evaluation, without any prompts, as plain JSON values.
 
     Returns:
         `experts`, `gates`, `parameters` (of theta_delta), `live_gates`, `live_parameters` (in any expert),
         `sparsity` by scope, `overlap` (`ratios` [M, M] and their `mean`), `kinds` and `layers` (`parameters`
-        and shares of non-zeros `union` and `mean`).
+        and non-zero fractions `union` and `mean`).
     """
     gates_MG = gates_MG.detach().double().cpu()
     owned_G = layout.owned().double()
@@ -71,17 +71,17 @@ def describe_gates(gates_MG: Tensor, layout: GateLayout, scope: str = "union") -
         "live_gates": int(open_G.sum()),
         "live_parameters": int(owned_G[open_G].sum()),
         "scope": scope,
-        "sparsity": {s: simoe.sparsity(gates_MG, owned_G, s).tolist() for s in SCOPES},
+        "sparsity": {s: gates.sparsity(gates_MG, owned_G, s).tolist() for s in SCOPES},
         "overlap": {
-            "ratios": simoe.overlap(gates_MG).tolist(),
-            "mean": float(simoe.mean_overlap(gates_MG)),
+            "ratios": gates.overlap(gates_MG).tolist(),
+            "mean": float(gates.mean_overlap(gates_MG)),
         },
         **_where(gates_MG, layout),
     }
 
 
 def headline(description: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a description: `masks/sparsity` in the scope trained with, and what compares trials."""
+    """Return a description's metrics: `masks/sparsity` in the scope trained with, and others to compare trials."""
     sparsity: Mapping[str, Sequence[float]] = description["sparsity"]
     return {
         "masks/sparsity": float(np.mean(sparsity[description["scope"]])),
@@ -94,7 +94,7 @@ def headline(description: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _where(gates_MG: Tensor, layout: GateLayout) -> dict[str, list[dict[str, Any]]]:
-    """Shares of non-zeros by kind of parameter and by depth; the norm behind the last layer is in no layer."""
+    """Return non-zero fractions by kind of parameter and by depth; the final norm is in no layer."""
     spans = layout.spans
     open_MG = (gates_MG != 0).numpy()
     columns_KG = np.vstack([open_MG.any(0, keepdims=True), open_MG]).astype(np.int64)
@@ -117,7 +117,7 @@ def _where(gates_MG: Tensor, layout: GateLayout) -> dict[str, list[dict[str, Any
 
 
 def _activation(weights_SM: Floats, tasks: Sequence[str], domains: Sequence[str]) -> dict[str, list[Any]]:
-    """Mean expert weights of every task and of every domain, in the order of their names."""
+    """Return mean expert weights by task and by domain, in the order of their names."""
     by_task = mean_weights(weights_SM, list(zip(domains, tasks, strict=True)))
     by_domain = mean_weights(weights_SM, domains)
     weights_TM = np.array([means["weights"] for means in by_task.values()])
@@ -129,7 +129,7 @@ def _activation(weights_SM: Floats, tasks: Sequence[str], domains: Sequence[str]
 
 
 def mean_weights(weights_SM: Floats, labels: Sequence[Any]) -> dict[Any, dict[str, Any]]:
-    """Number of `prompts` and mean expert `weights` [M] of every label."""
+    """Return the number of `prompts` and the mean expert `weights` [M] of every label."""
     rows: dict[Any, list[int]] = {}
     for i, label in enumerate(labels):
         rows.setdefault(label, []).append(i)
@@ -140,10 +140,10 @@ def mean_weights(weights_SM: Floats, labels: Sequence[Any]) -> dict[Any, dict[st
 
 
 def clustered(weights_TM: Floats) -> Floats:
-    """Hierarchical clustering of tasks by their mean expert weights: scipy's linkage matrix [T - 1, 4].
+    """Cluster tasks hierarchically by their mean expert weights; returns scipy's linkage matrix [T - 1, 4].
 
-    Average linkage over Euclidean distances; up to ORDERED tasks, neighbours are ordered to be alike, which
-    changes no cluster. Needs two tasks.
+    Average linkage of Euclidean distances. Up to ORDERED tasks, leaves are ordered so that neighbours are similar,
+    which changes no cluster. Needs at least two tasks.
     """
     ordered = len(weights_TM) <= ORDERED
     return np.asarray(linkage(weights_TM, "average", optimal_ordering=ordered), dtype=np.float64)

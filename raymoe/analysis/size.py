@@ -1,8 +1,8 @@
-"""How large a model is, how much of it a token uses and what training keeps of it, from its configuration alone.
+"""Count parameters, active parameters and training memory of a model from its configuration alone.
 
     sizes(AutoConfig.from_pretrained(folder), SparseInterpolation(sparsity_target=0.75))["simoe"]["total"]
 
-Exact counts, made on the meta device: nothing is allocated or downloaded. Activations are not in it.
+Counts are exact and made on the meta device: nothing is allocated or downloaded. Activations are not included.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from raymoe.methods import Dense, Experts, SparseInterpolation
-from raymoe.models.simoe import GateLayout, PromptRouter, gate_layout
+from raymoe.models.gates import GateLayout, PromptRouter, gate_layout
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
 GRADIENT_BYTES = 4
 """Gradients are accumulated in fp32 (raymoe.train.engine)."""
 OPTIMIZER_BYTES = {"float32": 8, "bfloat16": 12}
-"""Of one trained parameter: Adam's two moments, in bfloat16 the fp32 weights too."""
+"""Bytes per trained parameter: Adam's two moments and, in bfloat16, the fp32 weights."""
 MASK_BYTES = 16
-"""Of one parameter of gates or router, fp32 whatever the model's precision: weight, gradient, the optimizer's
-moments (of gates one), a step's sample (of gates)."""
+"""Bytes per parameter of gates or router, fp32 whatever the model's precision: weight, gradient, the optimizer's
+moments (one for gates), a step's sample (gates only)."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of parameters of one model: as it is kept, as a token meets it, as it is trained."""
+    """Parameter counts of one model: stored, active for a token, and trained."""
 
     total: int
     active: int
     trained: int
-    """In the training engine, which ZeRO spreads."""
+    """Held by the training engine, sharded by ZeRO."""
     frozen: int = 0
     masks: int = 0
-    """Gates and prompt router: beside the engine, whole on every worker."""
+    """Gates and prompt router: outside the engine, replicated on every worker."""
 
 
 def sizes(
@@ -51,24 +51,24 @@ def sizes(
     workers: int = 1,
     zero_stage: int = 0,
 ) -> dict[str, dict[str, int]]:
-    """Parameters and training state of a dense model, of its sparse upcycling and of its SIMoE.
+    """Count parameters and training state of a dense model, its sparse upcycling and its SIMoE.
 
     Args:
-        config: of the dense model.
+        config: the dense model's configuration.
         method: M, router and sparsity of SIMoE.
-        live_parameters: of theta_delta, in columns that any expert has open; by default what
-            `sparsity_target` leaves of them.
-        live_gates: such columns of Z; by default in proportion to `live_parameters`.
+        live_parameters: parameters of theta_delta in columns that any expert has open; by default what
+            `sparsity_target` leaves.
+        live_gates: live columns of Z; by default in proportion to `live_parameters`.
         precision: `float32` or `bfloat16`.
-        num_experts: of sparse upcycling; `top_k` of them are active.
-        top_k: see `num_experts`.
-        workers: over which ZeRO of `zero_stage` spreads the state.
-        zero_stage: 1: optimizer, 2: gradients too, 3: all weights too.
+        num_experts: experts of sparse upcycling.
+        top_k: how many of them are active.
+        workers: number of workers that ZeRO shards the state over.
+        zero_stage: 1 shards the optimizer, 2 gradients too, 3 all weights too.
 
     Returns:
-        For `dense`, `upcycled` and `simoe` the `total` number of parameters after training (SIMoE without its dead
-        columns), how many are `active` for a token (SIMoE: all, merging reads them), and `training_bytes` of
-        one worker.
+        For each of `dense`, `upcycled` and `simoe`: `total` parameters after training (SIMoE without its dead
+        columns), those `active` for a token (SIMoE: all, as merging reads them), and `training_bytes` of one
+        worker.
     """
     counts = _counts(config, method, live_parameters, live_gates, num_experts, top_k)
     return {
@@ -82,7 +82,7 @@ def sizes(
 
 
 def training_state(counts: Counts, precision: str, workers: int = 1, zero_stage: int = 0) -> dict[str, int]:
-    """Bytes that one worker keeps while it trains, by what they are for (ZeRO paper, section 3)."""
+    """Return the bytes that one worker holds in training, by purpose (ZeRO paper, section 3)."""
     weight = WEIGHT_BYTES[precision]
     optimizer, gradients, weights = (workers if zero_stage >= stage else 1 for stage in (1, 2, 3))
     return {
@@ -112,7 +112,7 @@ def _counts(
 
 
 def count(model: PreTrainedModel, method: Dense | Experts | SparseInterpolation) -> Counts:
-    """Parameters of what `method` makes of the dense `model`; SIMoE's total is that after training."""
+    """Count the parameters that `method` makes of the dense `model`; SIMoE's total is that after training."""
     if isinstance(method, Experts):
         return _upcycled(model, method.num_experts, method.top_k)
     if isinstance(method, SparseInterpolation):
@@ -122,14 +122,14 @@ def count(model: PreTrainedModel, method: Dense | Experts | SparseInterpolation)
 
 
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The dense model of `config` without memory for its parameters."""
+    """Build the dense model of `config` on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     return model
 
 
 def _upcycled(model: PreTrainedModel, num_experts: int, top_k: int) -> Counts:
-    """Every FFN `num_experts` times, and a router [N, D] in its layer."""
+    """Count every FFN `num_experts` times, plus a router [N, D] per layer."""
     layers, width = model.get_decoder().layers, model.config.hidden_size
     ffn = sum(p.numel() for layer in layers for p in layer.mlp.parameters())
     rest = model.num_parameters() - ffn + len(layers) * num_experts * width
@@ -140,7 +140,7 @@ def _upcycled(model: PreTrainedModel, num_experts: int, top_k: int) -> Counts:
 def _interpolated(
     model: PreTrainedModel, method: SparseInterpolation, live_parameters: int | None, live_gates: int | None
 ) -> Counts:
-    """The dense model, what is alive of theta_delta, its gates in every expert, the prompt router."""
+    """Count the dense model, the live part of theta_delta, its gates in every expert, and the prompt router."""
     layout, dense = gate_layout(model), model.num_parameters()
     router = _router_size(model, method)
     live, gates = _live(layout, method, live_parameters, live_gates)
@@ -157,7 +157,7 @@ def _router_size(model: PreTrainedModel, method: SparseInterpolation) -> int:
 def _live(
     layout: GateLayout, method: SparseInterpolation, parameters: int | None, gates: int | None
 ) -> tuple[int, int]:
-    """Live parameters of theta_delta and live columns of Z."""
+    """Return the live parameters of theta_delta and the live columns of Z."""
     whole = layout.num_parameters
     live = round((1 - method.sparsity_target) * whole) if parameters is None else parameters
     return live, round(layout.size * live / whole) if gates is None else gates

@@ -1,1 +1,1 @@
-"""Instructions, their perplexity under the dense model, their representations, and the clusters of those."""
+"""Data: rows become instructions, examples, packed sequences and batches."""

@@ -1,11 +1,9 @@
-"""Instructions: tokenise them, pack them into training sequences, make batches of those.
+"""Instructions: tokenise them into examples.
 
     reading = sources.read(Data(train="data.jsonl"), "train", corpus=None, seed=0)
     encoded = encode(reading.instructions, tokenizer, data)         # flat token arrays, memory-mapped on load
-    sequences = epoch_sequences(encoded, data.max_length, seed=0, epoch=0)
-    batch = collate(encoded, sequences[:8], data.max_length)
 
-Shapes: n examples, W sequences, T tokens of a sequence, C completion tokens of a batch.
+Shapes: n examples.
 """
 
 from __future__ import annotations
@@ -22,13 +20,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raymoe.config import Data
-from raymoe.data.sources import BadRow, Instruction, Messages, Split, read, refused
+from raymoe.data.columns import Instruction, Messages
+from raymoe.data.rows import BadRow
+from raymoe.data.sources import Split, read, refused
 from raymoe.schema import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 ENCODE_ROWS = 8192
-"""Rows tokenised together."""
+"""Instructions tokenised together."""
 
 
 def prepare(
@@ -37,12 +37,12 @@ def prepare(
     """Read and encode both splits into `out/train` and `out/validation`; returns counts and lineage.
 
     Raises:
-        InputError: a source that can't be read, has a bad row (unless they are skipped) or has no rows.
+        InputError: a source can't be read, has a bad row (unless those are skipped) or has no rows.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-    tokenizer.model_max_length = 10**9  # examples longer than `data.max_length` are dealt with here
+    tokenizer.model_max_length = 10**9  # longer examples are handled here: silence the tokenizer's warning
     info: dict[str, Any] = {}
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:
@@ -69,39 +69,39 @@ def prepare(
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Tokenised examples in one flat array; example i is `tokens[offsets[i]:offsets[i + 1]]`."""
+    """Examples, tokenised into one flat array; example i is `tokens[offsets[i]:offsets[i + 1]]`."""
 
     tokens: NDArray[np.int32]
     """[all tokens]"""
     offsets: NDArray[np.int64]
     """[n + 1]"""
     prompt_lengths: NDArray[np.int32]
-    """[n] leading tokens that are prompt."""
+    """[n] number of leading tokens that are the prompt."""
     ids: tuple[str, ...]
     domains: tuple[str, ...]
     tasks: tuple[str, ...]
     skipped: tuple[str, ...] = ()
-    """`file:line: reason` of the examples left out; not saved."""
+    """`file:line: reason` of each skipped instruction; not saved."""
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example [n]."""
+        """Number of tokens of each example [n]."""
         return np.diff(self.offsets)
 
-    def example(self, record: int) -> NDArray[np.int32]:
-        """All tokens of one example."""
-        return self.tokens[self.offsets[record] : self.offsets[record + 1]]
+    def example(self, index: int) -> NDArray[np.int32]:
+        """Return all tokens of one example."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
-    def prompt(self, record: int) -> NDArray[np.int32]:
-        """The tokens that generation of one example starts from."""
-        return self.example(record)[: self.prompt_lengths[record]]
+    def prompt(self, index: int) -> NDArray[np.int32]:
+        """Return the tokens that one example's generation starts from."""
+        return self.example(index)[: self.prompt_lengths[index]]
 
-    def completion(self, record: int) -> NDArray[np.int32]:
-        """The tokens to learn, the end of the turn included."""
-        return self.example(record)[self.prompt_lengths[record] :]
+    def completion(self, index: int) -> NDArray[np.int32]:
+        """Return the tokens to learn, the end of turn included."""
+        return self.example(index)[self.prompt_lengths[index] :]
 
     def save(self, folder: Path) -> None:
         """Write `folder`: three .npy arrays and records.parquet."""
@@ -113,7 +113,7 @@ class Encoded:
 
     @classmethod
     def load(cls, folder: Path) -> Encoded:
-        """What `save` wrote, its tokens mapped into memory rather than read."""
+        """Load what `save` wrote; the arrays are memory-mapped."""
         arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in ("tokens", "offsets", "prompt_lengths")
@@ -124,15 +124,15 @@ class Encoded:
 
 
 def encode(instructions: Sequence[Instruction], tokenizer: PreTrainedTokenizerFast, data: Data) -> Encoded:
-    """Render and tokenise; prompt tokens are exactly those that generation starts from.
+    """Render and tokenise instructions; prompt tokens are exactly those that generation starts from.
 
-    With the tokenizer's chat template the completion is what the whole conversation adds to the prompt with
-    its generation prompt. Without one: beginning of sequence, sections `### Instruction:` and
-    `### Response:`, the completion, end of sequence.
+    With the tokenizer's chat template, the completion is what the whole conversation adds to the prompt and its
+    generation prompt. Without one: beginning of sequence, sections `### Instruction:` and `### Response:`, the
+    completion, end of sequence.
 
     Raises:
-        InputError: an example longer than `data.max_length` or that the template can't render, unless bad
-            rows are skipped; no example left.
+        InputError: an instruction is longer than `data.max_length` or can't be rendered by the template (unless
+            bad rows are skipped), or none is left.
     """
     own_template = data.chat_template == "tokenizer" and tokenizer.chat_template is not None
     encode_some = _encode_chat if own_template else _encode_plain
@@ -164,7 +164,7 @@ def encode(instructions: Sequence[Instruction], tokenizer: PreTrainedTokenizerFa
 
 
 TokenPair = tuple[list[int], list[int]]
-"""Prompt and completion tokens."""
+"""Tokens of a prompt and of its completion."""
 
 
 def _flat(examples: Sequence[Sequence[int]]) -> NDArray[np.int32]:
@@ -173,7 +173,7 @@ def _flat(examples: Sequence[Sequence[int]]) -> NDArray[np.int32]:
 
 
 def _unusable(pair: TokenPair | BadRow, data: Data) -> str | None:
-    """Why an encoded row can't be used, or None."""
+    """Return why an encoded instruction can't be used, None if it can."""
     if isinstance(pair, BadRow):
         return str(pair)
     length = len(pair[0]) + len(pair[1])
@@ -185,7 +185,7 @@ def _unusable(pair: TokenPair | BadRow, data: Data) -> str | None:
 def _encode_plain(
     instructions: Sequence[Instruction], tokenizer: PreTrainedTokenizerFast
 ) -> Iterable[TokenPair | BadRow]:
-    """raymoe's own template; special tokens spelled out in the text stay text."""
+    """Encode with raymoe's own template; special tokens spelled out in the text stay text."""
     if tokenizer.eos_token_id is None:
         raise InputError(f"model: the tokenizer {tokenizer.name_or_path} has no end-of-sequence token")
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -206,7 +206,7 @@ def _plain_prompt(messages: Messages) -> str:
 def _encode_chat(
     instructions: Sequence[Instruction], tokenizer: PreTrainedTokenizerFast
 ) -> Iterable[TokenPair | BadRow]:
-    """The tokenizer's own chat template."""
+    """Encode with the tokenizer's own chat template."""
     rendered = [_render(x, tokenizer) for x in instructions]
     good = [pair for pair in rendered if not isinstance(pair, BadRow)]
     encoded = iter(_tokenize(good, tokenizer, split_special_tokens=False))
@@ -214,7 +214,7 @@ def _encode_chat(
 
 
 def _render(instruction: Instruction, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str] | BadRow:
-    """Texts of prompt and completion."""
+    """Render the texts of prompt and completion."""
     import jinja2
 
     messages = [{"role": role, "content": content} for role, content in instruction.prompt]
@@ -223,10 +223,10 @@ def _render(instruction: Instruction, tokenizer: PreTrainedTokenizerFast) -> tup
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         whole = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
-        return BadRow(f"the tokenizer's chat template refuses it: {' '.join(str(error).split())}")
+        return BadRow(f"the tokenizer's chat template rejects it: {' '.join(str(error).split())}")
     if not whole.startswith(prompt):
         return BadRow(
-            "the tokenizer's chat template renders the conversation other than its prompt: "
+            "the tokenizer's chat template renders the prompt differently within the whole conversation: "
             "use data.chat_template plain"
         )
     return prompt, whole[len(prompt) :]
@@ -235,11 +235,11 @@ def _render(instruction: Instruction, tokenizer: PreTrainedTokenizerFast) -> tup
 def _tokenize(
     texts: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, split_special_tokens: bool
 ) -> list[TokenPair | BadRow]:
-    """Tokens of prompts and of what follows them.
+    """Tokenise prompts and completions.
 
-    The completion is what the whole text adds to the prompt's tokens. Where a token of the whole text
-    straddles the boundary, generation could not produce it: then the completion is tokenised by itself, and
-    both must still spell the same text.
+    A completion is what the whole text adds to the prompt's tokens. If a token of the whole text straddles the
+    boundary, generation could not produce it: then the completion is tokenised by itself, and both together
+    must still spell the same text.
     """
 
     def ids(some: Sequence[str]) -> list[list[int]]:

@@ -1,4 +1,11 @@
-"""Packed sequences: whole examples packed into training sequences, and batches of those."""
+"""Packing: whole examples into packed sequences, and packed sequences into batches.
+
+    sequences = epoch_sequences(encoded, data.max_length, seed=0, epoch=0)
+    batch = collate(encoded, sequences[:8], data.max_length)
+
+Shapes: n examples, W packed sequences, T tokens of a sequence, C completion tokens of a batch. Within a batch an
+example is called a document, as in document masking: it attends to itself alone.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +21,27 @@ from torch import Tensor
 from raymoe.data.instructions import Encoded
 
 Documents = tuple[tuple[int, int], ...]
-"""(start, end) of each document in the flattened tokens of a batch."""
+"""(start, end) of each document (a packed example) in the flattened tokens of a batch."""
 
 OPEN_SEQUENCES = 64
-"""Windows that packing fills at the same time."""
-
-
-# Training sequences.
+"""Sequences that packing fills at the same time."""
 
 
 def pack(
     lengths: NDArray[np.integer[Any]], capacity: int, order: NDArray[np.integer[Any]]
 ) -> list[NDArray[np.int64]]:
-    """Pack whole examples into sequences of at most `capacity` tokens, each exactly once.
+    """Pack every example, whole and exactly once, into sequences of at most `capacity` tokens.
 
-    Best fit in the given order: each example goes where it leaves the least room, of `OPEN_SEQUENCES` open
-    sequences; where none has room the fullest is closed for a new one.
+    Best fit in the given order: of `OPEN_SEQUENCES` open sequences, each example goes where it leaves the least
+    room; if none has room, the fullest is closed and a new one opened.
 
     Args:
         lengths: tokens of each example [n].
         capacity: tokens of a sequence.
-        order: the order in which the examples are placed [n].
+        order: indices of the examples in the order they are placed [n].
 
     Returns:
-        Indices of the examples of each sequence, sequences in the order in which they were closed.
+        Indices of the examples in each sequence, sequences in the order they were closed.
     """
     if len(lengths) and int(np.max(lengths)) > capacity:
         raise ValueError(f"an example of {int(np.max(lengths))} tokens does not fit a sequence of {capacity}")
@@ -57,10 +61,10 @@ def pack(
 
 
 def epoch_sequences(encoded: Encoded, max_length: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """The packed sequences of one epoch, in training order: a pure function of (seed, epoch) and the data."""
+    """Return one epoch's packed sequences in training order: a pure function of (seed, epoch) and the data."""
     generator = np.random.default_rng([seed, epoch])
     sequences = pack(encoded.lengths, max_length, generator.permutation(len(encoded)))
-    # the last sequences that packing closes are the emptiest: spread them
+    # the last sequences that packing closes are the emptiest: spread them out
     return [sequences[i] for i in generator.permutation(len(sequences))]
 
 
@@ -71,27 +75,27 @@ class Batch:
     input_ids: Tensor
     """[W, T]"""
     labels: Tensor
-    """[W, T] the token to predict AT each position (already shifted), -100 where none is learnt."""
+    """[W, T] the token to predict AT each position (already shifted); -100: no loss."""
     position_ids: Tensor
-    """[W, T] from 0 in each document."""
+    """[W, T] counted from 0 in each document."""
     mask: Tensor
     """[W, T] True for tokens, False for padding."""
     targets: Tensor
-    """[C] positions in the flattened batch whose label is learnt, rising."""
+    """[C] positions in the flattened batch that have a label, ascending."""
     documents: Documents
     """(start, end) of each document in the flattened batch."""
     completion_lengths: tuple[int, ...]
-    """Labels of each document."""
+    """Number of labels of each document."""
     examples: tuple[int, ...]
-    """Index of each document's example."""
+    """Index of the example that each document is."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
+        """Number of tokens, padding excluded."""
         return sum(end - start for start, end in self.documents)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on `device`; to a GPU without waiting for it."""
+        """Return the batch on `device`; copies to a GPU are asynchronous."""
         target = torch.device(device)
         names = ("input_ids", "labels", "position_ids", "mask", "targets")
         moved: dict[str, Any] = {name: _moved(getattr(self, name), target) for name in names}
@@ -105,17 +109,17 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def collate(encoded: Encoded, sequences: Sequence[NDArray[np.integer[Any]]], max_length: int) -> Batch:
-    """`sequences` of example indices as one batch of width T = `max_length`; its documents in their order.
+    """Make one batch of width T = `max_length` from packed sequences of example indices, in their order.
 
-    A label never crosses a document's end, and the first of a completion sits at the prompt's last token.
+    No label crosses the end of a document; a completion's first label is at the prompt's last token.
     """
     starts, examples = _placement(encoded, sequences, max_length)
     input_ids, position_ids = (np.zeros(len(sequences) * max_length, dtype=np.int64) for _ in range(2))
     labels = np.full(len(sequences) * max_length, -100, dtype=np.int64)
     mask = np.zeros(len(sequences) * max_length, dtype=np.bool_)
     documents, completions = [], []
-    for start, record in zip(starts, examples, strict=True):
-        tokens, prompt = encoded.example(record), int(encoded.prompt_lengths[record])
+    for start, index in zip(starts, examples, strict=True):
+        tokens, prompt = encoded.example(index), int(encoded.prompt_lengths[index])
         end = start + len(tokens)
         input_ids[start:end] = tokens
         position_ids[start:end] = np.arange(len(tokens))
@@ -139,16 +143,14 @@ def collate(encoded: Encoded, sequences: Sequence[NDArray[np.integer[Any]]], max
 def _placement(
     encoded: Encoded, sequences: Sequence[NDArray[np.integer[Any]]], max_length: int
 ) -> tuple[list[int], list[int]]:
-    """Where each document starts in the flattened batch, and which record it is."""
-    starts, records = [], []
-    for row, sequence in enumerate(sequences):
-        position = row * max_length
-        for record in sequence.tolist():
+    """Return where each document starts in the flattened batch, and its example's index."""
+    starts, examples = [], []
+    for number, sequence in enumerate(sequences):
+        position = first = number * max_length
+        for example in sequence.tolist():
             starts.append(position)
-            records.append(record)
-            position += int(encoded.offsets[record + 1] - encoded.offsets[record])
-        if position > (row + 1) * max_length:
-            raise ValueError(
-                f"sequence {row} has {position - row * max_length} tokens, more than {max_length}"
-            )
-    return starts, records
+            examples.append(example)
+            position += int(encoded.offsets[example + 1] - encoded.offsets[example])
+        if position - first > max_length:
+            raise ValueError(f"sequence {number} has {position - first} tokens, more than {max_length}")
+    return starts, examples

@@ -1,1 +1,1 @@
-"""Models: the dense start and what it becomes."""
+"""Models: dense models, and what upcycling makes of them."""

@@ -1,4 +1,4 @@
-"""Sums over the workers."""
+"""Collectives: sums over the workers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def summed(values: Tensor) -> Tensor:
-    """`values` added up over all workers, in place; as they are in a single process."""
+    """Sum `values` over all workers, in place; unchanged in a single process."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values

@@ -8,10 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from raymoe.models.packed_attention import PACKED_ATTENTION
 
@@ -24,10 +21,10 @@ def generate(
     synced: bool = False,
     stop: Collection[int] = (),
 ) -> list[str]:
-    """Greedy completions of tokenised prompts, as text without special tokens.
+    """Complete tokenised prompts greedily; returns text without special tokens.
 
-    A completion ends before the tokenizer's end of sequence, any of the model's own or a token in `stop` (a
-    chat's end of turn). Nothing else of the model's generation settings applies.
+    A completion ends before the tokenizer's end of sequence, any of the model's own, or a token in `stop` (such as
+    a chat's end of turn). The model's other generation settings are ignored.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     width = max(len(p) for p in prompts)
@@ -58,7 +55,7 @@ def generate(
 
 @contextmanager
 def _generating(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """`model` with padded attention and `settings` alone: `generate` fills in gaps from the model's own."""
+    """Give `model` padded attention and only `settings`: `generate` would fill gaps from the model's own."""
     own, packed = model.generation_config, model.config._attn_implementation == PACKED_ATTENTION
     if packed:
         model.set_attn_implementation("sdpa")

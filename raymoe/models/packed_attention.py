@@ -1,14 +1,14 @@
-"""Attention over packed documents, as an attention function that transformers models can be loaded with.
+"""Packed attention: an attention implementation for transformers models, over packed documents.
 
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED_ATTENTION)
     model(input_ids=..., position_ids=..., documents=((0, 17), (17, 40)))
 
-Every document attends to itself alone, causally, so a packed batch gives each document what it would get
-alone. No mask is built: transformers makes none for a name that its mask interface doesn't know, and the
-documents' bounds come down to every layer as Python integers. That also means that a padding mask is not
-seen: generate from padded prompts with another implementation (`model.set_attn_implementation("sdpa")`).
+Every document (packed example) attends to itself alone, causally, so it gets the same result packed as alone.
+No mask is built: transformers makes none for a name that its mask interface doesn't know, and the documents'
+bounds reach every layer as Python integers. A padding mask is therefore ignored: generate from padded prompts
+with another implementation (`model.set_attn_implementation("sdpa")`).
 
-Shapes: W windows, T tokens of a window, H heads, K key-value heads, E head width, C completion tokens.
+Shapes: W packed sequences, T tokens of a sequence, H heads, K key-value heads, E head width, C completion tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from raymoe.models.families import logits_divisor
 PACKED_ATTENTION = "raymoe_packed"
 
 LOGITS_PER_CHUNK = 2**26
-"""Logits of the LM head that exist at one time: 256 MiB in float32."""
+"""LM head logits that exist at a time: 256 MiB in float32."""
 
 
 def packed_attention(
@@ -45,21 +45,21 @@ def packed_attention(
     documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each document; transformers calls it in every layer.
+    """Attend causally within each document; transformers calls this in every layer.
 
     Args:
-        module: the attention layer that calls; its `sliding_window`, where it has one, holds where none is
-            handed down: transformers' Qwen2-MoE leaves the window to the mask.
+        module: the calling attention layer; its `sliding_window`, if any, applies when none is passed:
+            transformers' Qwen2-MoE leaves the window to the mask.
         query: [W, H, T, E].
         key: [W, K, T, E]; longer than the query only with a cache and without documents.
         value: like `key`.
         attention_mask: unused, always None (see the module's docstring).
         dropout: probability, 0 outside training.
         scaling: factor on the scores, by default 1 / sqrt(E).
-        sliding_window: keys that a token sees, itself included; None: all.
-        documents: (start, end) of each in the flattened [W * T] tokens, rising and not overlapping; tokens
-            of no document are padding and get zeros. None: every window is one document.
-        kwargs: whatever else transformers hands down.
+        sliding_window: number of keys that a token sees, itself included; None: all.
+        documents: (start, end) of each document in the flattened [W * T] tokens, ascending, not overlapping;
+            tokens outside documents are padding and get zeros. None: each sequence is one document.
+        kwargs: whatever else transformers passes.
 
     Returns:
         [W, T, H, E], and None for the attention weights.
@@ -69,7 +69,7 @@ def packed_attention(
     attend: Attend = lambda q, k, v: _causal(q, k, v, dropout, scaling, window)  # noqa: E731
     if documents is None:
         return attend(query, key, value).transpose(1, 2).contiguous(), None
-    q, k, v = (_flatten_windows(x) for x in (query, key, value))
+    q, k, v = (_flatten_sequences(x) for x in (query, key, value))
     if _varlen_serves(q) and not dropout:
         output = _varlen(q, k, v, documents, scaling, window)
     else:
@@ -82,13 +82,13 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _flatten_windows(x: Tensor) -> Tensor:
-    """[W, H, T, E] -> [1, H, W * T, E]; free for one window."""
+def _flatten_sequences(x: Tensor) -> Tensor:
+    """Reshape [W, H, T, E] to [1, H, W * T, E]; free for one sequence."""
     return x.transpose(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
 
 
 def _segments(documents: Documents, total: int) -> list[tuple[int, bool]]:
-    """(length, is a document) of the documents and of the gaps between them, `total` tokens in all."""
+    """Return (length, is a document) of the documents and of the gaps between them, `total` tokens in all."""
     segments, position = [], 0
     for start, end in documents:
         if start > position:
@@ -99,9 +99,9 @@ def _segments(documents: Documents, total: int) -> list[tuple[int, bool]]:
 
 
 def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: Attend) -> Tensor:
-    """One attention call per document: [1, H, N, E] -> [N, H, E].
+    """Attend with one call per document: [1, H, N, E] -> [N, H, E].
 
-    `split` and `cat` rather than slices: their backward is one copy, a slice's is a whole zero tensor each.
+    `split` and `cat` rather than slices: their backward is one copy, each slice's is a whole tensor of zeros.
     """
     segments = _segments(documents, query.shape[2])
     lengths = [length for length, _ in segments]
@@ -113,7 +113,7 @@ def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Document
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """Causal attention of [B, H, n, E] over [B, K, m, E]; the last query sees the last key."""
+    """Attend causally from [B, H, n, E] to [B, K, m, E]; the last query sees the last key."""
     n, m = query.shape[2], key.shape[2]
     windowed = window is not None and m > window
     mask = _band(n, m, window if windowed else None, query.device) if windowed or 1 < n != m else None
@@ -124,12 +124,12 @@ def _causal(
 
 
 def _band(n: int, m: int, window: int | None, device: torch.device) -> Tensor:
-    """[n, m], true where query i (at position i + m - n) sees key j: j <= i and i - j < window."""
+    """Return the mask [n, m], true where query i (at position i + m - n) sees key j: j <= i and i - j < window."""
     distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)
     return (distance >= 0) & (distance < (window or m))
 
 
-# torch's flash attention over documents of different lengths: CUDA, half precision.
+# torch's flash attention over documents of varying length: CUDA, half precision.
 
 
 def _varlen_function() -> Callable[..., Tensor] | None:
@@ -153,7 +153,7 @@ def _varlen_serves(query: Tensor) -> bool:
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, window: int | None
 ) -> Tensor:
-    """All documents in one kernel: [1, H, N, E] -> [N, H, E]. Gaps see themselves and are zeroed."""
+    """Attend in one kernel for all documents: [1, H, N, E] -> [N, H, E]. Gaps see themselves and are zeroed."""
     assert _VARLEN is not None
     bounds, real, longest = _varlen_bounds(documents, query.shape[2], query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -169,9 +169,9 @@ def _varlen(
 def _varlen_bounds(
     documents: Documents, total: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None, int]:
-    """Bounds of all segments [S + 1], which tokens are real [total] (None: all), longest segment.
+    """Return the bounds of all segments [S + 1], which tokens are real [total] (None: all), the longest segment.
 
-    Copied to the device once per batch, not once per layer.
+    Cached, so that they are copied to the device once per batch, not once per layer.
     """
     segments = _segments(documents, total)
     lengths = torch.tensor([0, *(length for length, _ in segments)])
@@ -187,11 +187,11 @@ def _varlen_bounds(
 
 
 def completion_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Negative log-likelihood of every completion token of a packed batch: [C], float32, in its order.
+    """Return the negative log-likelihood of every completion token of a packed batch, in order: float32 [C].
 
-    Only the positions that predict a completion token reach the LM head, and of their logits only a chunk
-    exists at a time, in the backward pass too (chunks are computed again there). The number of chunks depends
-    on the batch's shape alone: under ZeRO-3 all workers must use the head equally often.
+    Only positions that predict a completion token reach the LM head, and only one chunk of their logits exists at
+    a time, in the backward pass too (it recomputes chunks). The number of chunks depends on the batch's shape
+    alone, as under ZeRO-3 all workers must use the head equally often.
     """
     hidden = model.base_model(
         input_ids=batch.input_ids,
@@ -209,7 +209,7 @@ def completion_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
 def token_losses(
     head: nn.Module, hidden: Tensor, labels: Tensor, chunks: int = 1, divisor: float = 1.0
 ) -> Tensor:
-    """Return the cross-entropy [C] (fp32) of `head` over `hidden` [C, D] and `labels` [C], in `chunks` parts.
+    """Return the cross-entropy [C] (float32) of `head` on `hidden` [C, D] and `labels` [C], in `chunks` parts.
 
     The head's output is divided by `divisor`.
     """

@@ -13,8 +13,8 @@ from raymoe.analysis.size import WEIGHT_BYTES, Counts, training_state
 from raymoe.config import RunFile
 from raymoe.methods import Experts, SparseInterpolation
 from raymoe.models.families import family_of
+from raymoe.models.gates import gate_layout
 from raymoe.models.packed_attention import LOGITS_PER_CHUNK
-from raymoe.models.simoe import gate_layout
 
 USABLE = 0.9
 """Share of a GPU's memory that a plan fills: the rest is for CUDA's context, NCCL and fragmentation."""

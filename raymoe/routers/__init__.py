@@ -1,1 +1,1 @@
-"""What routers are made from: perplexity, representations, prompts, clusters (Ray Data)."""
+"""Routers: perplexity, representations, prompts and clusters that they are made from (Ray Data)."""

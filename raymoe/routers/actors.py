@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 BLOCKS_PER_ACTOR = 16
-"""Shares of the work that one actor fetches one after the other: small enough to balance and to retry."""
+"""Shares of the work that each actor fetches in turn: small enough to balance load and to retry."""
 
 
 def consecutive_packs(lengths: NDArray[np.integer[Any]], tokens_per_batch: int) -> list[tuple[int, int]]:
-    """Ranges [first, last) of consecutive documents of at most `tokens_per_batch` tokens together.
+    """Return ranges [first, last) of consecutive examples, each of at most `tokens_per_batch` tokens.
 
-    A longer document is a range of its own.
+    A longer example gets a range of its own.
     """
     ends = np.cumsum(lengths)
     packs, first, done = [], 0, 0
@@ -39,7 +39,7 @@ def consecutive_packs(lengths: NDArray[np.integer[Any]], tokens_per_batch: int) 
 
 
 def load_model(folder: Location, dtype: str) -> PreTrainedModel:
-    """The dense model of `folder` for packed forward passes, on this process's GPU if it has one."""
+    """Load a dense model for packed forward passes, onto this process's GPU if it has one."""
     model = AutoModelForCausalLM.from_pretrained(
         local(folder),
         dtype=getattr(torch, dtype),
@@ -61,18 +61,18 @@ def run_actors(
     gpu: bool,
     what: str,
 ) -> dict[str, NDArray[Any]]:
-    """Give `rows`, one at a time, to a pool of `actor(**arguments)`, and gather the columns they return.
+    """Pass `rows`, one at a time, to a pool of `actor(**arguments)` and gather the columns they return.
 
-    Rows are a few integers each and come back in any order; data belongs on disk, where actors find it.
+    Rows are a few integers each and come back in any order; data belongs on disk, where actors read it.
     """
-    import ray  # here: what scores and represents works on machines without it
+    import ray  # here: `score` and `represent` work without it
 
     from raymoe.cluster.capacity import capacity
 
-    have = capacity()  # with an autoscaler, of nodes that are not there yet
+    have = capacity()  # with an autoscaler, nodes that have not started are included
     if gpu and have.final and have.total("GPU") < 1:
         raise InputError("execution.gpu: the cluster has no GPU")
-    gpus = have.largest("GPU") if have.autoscaler else have.total("GPU")  # no more nodes than training takes
+    gpus = have.largest("GPU") if have.autoscaler else have.total("GPU")  # no more nodes than training uses
     count = min(actors or (max(1, int(gpus)) if gpu else 1), len(rows))
     cpus = max(1.0, have.total("CPU"))
     threads = max(1, min(int(cpus) // count, int(have.largest("CPU"))))
@@ -94,7 +94,7 @@ def run_actors(
 
 
 def _on_threads(actor: type[Any]) -> type[Any]:
-    """`actor` with a first constructor argument more: the threads that torch may use."""
+    """Return `actor` with one more constructor argument, the first: how many threads torch may use."""
 
     class Threaded(actor):  # type: ignore[misc]
         def __init__(self, threads: int, **arguments: Any) -> None:
@@ -106,14 +106,14 @@ def _on_threads(actor: type[Any]) -> type[Any]:
 
 
 def _quiet_context() -> ray.data.DataContext:
-    """Progress bars on a terminal only; no plan on the log."""
+    """Return a context with progress bars only on a terminal and no plan in the log."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = sys.stderr.isatty()
     context.enable_operator_progress_bars = False
     context.print_on_execution_start = False
-    if not context.enable_progress_bars:  # which it would say on every run
+    if not context.enable_progress_bars:  # it would say so on every run
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     return context
 

@@ -1,12 +1,12 @@
-"""Prompt representations: what the SIMoE router sees of every prompt, computed once with the frozen dense model.
+"""Prompt representations: the SIMoE router's input, computed once per prompt with the frozen dense model.
 
     represent_all(encoded_folder, model_folder, out, kind="last_hidden", dtype="float32", actors=2, gpu=False,
                   tokens_per_batch=2048)                                  # out/train.npy, out/validation.npy
-    prompts_SD = represent(model, [encoded.prompt(record) for record in records], "last_hidden")
+    prompts_SD = represent(model, [encoded.prompt(i) for i in examples], "last_hidden")
 
-A representation is a mean over the prompt's tokens. Prompts alone are run, packed without padding and attending
-only to themselves, so neither completions nor neighbours have a part in it. `represent` is the computation, for
-which no Ray is needed, `represent_all` a pool of Ray Data actors around it.
+A representation is a mean over the prompt's tokens. Only prompts are run, packed without padding and attending
+to themselves alone, so neither completions nor neighbours influence it. `represent` is the computation, without
+Ray; `represent_all` runs it in a pool of Ray Data actors.
 
 Shape letters: n prompts, N packed tokens, D model width.
 """
@@ -36,7 +36,7 @@ SPLITS = ("train", "validation")
 PARTS = "parts"
 TOKENS_PER_BATCH = 8192
 PROMPTS_PER_PART = 1024
-"""Most that an actor holds and writes at a time: 16 MiB at D = 4096."""
+"""Most prompts that an actor holds and writes at a time: 16 MiB at D = 4096."""
 PARTS_PER_ACTOR = 4
 
 
@@ -47,14 +47,14 @@ def represent(
     kind: Kind,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Tensor:
-    """Mean over each prompt's tokens, in the order of `prompts`.
+    """Return the mean over each prompt's tokens, in the order of `prompts`.
 
     Args:
         model: the dense model. Without packed attention it is run on one prompt at a time.
-        prompts: token ids of each, no padding.
-        kind: `last_hidden`, the last hidden state, after the final norm; `embedding`, the token embeddings,
+        prompts: token ids of each prompt, without padding.
+        kind: `last_hidden`: the last hidden state, after the final norm; `embedding`: the token embeddings,
             for which no layer is run.
-        tokens_per_batch: tokens of one forward pass; a longer prompt is a pass of its own.
+        tokens_per_batch: tokens of one forward pass; a longer prompt gets a pass of its own.
 
     Returns:
         [n, D], float32, on the CPU.
@@ -64,7 +64,7 @@ def represent(
     """
     lengths = np.asarray([len(prompt) for prompt in prompts], dtype=np.int64)
     if not lengths.all():
-        raise InputError(f"prompt {int(lengths.argmin())} has no tokens that could be represented")
+        raise InputError(f"prompt {int(lengths.argmin())} has no tokens to represent")
     packs_documents = kind == "embedding" or model.config._attn_implementation == PACKED_ATTENTION
     packs = consecutive_packs(lengths, tokens_per_batch if packs_documents else 0)
     means = [_means(model, prompts[first:last], kind) for first, last in packs]
@@ -72,7 +72,7 @@ def represent(
 
 
 def _means(model: PreTrainedModel, prompts: Sequence[NDArray[np.int32]], kind: Kind) -> Tensor:
-    """Means [n, D] of one pack. Each is summed by itself, in fp32: the same whatever is beside it."""
+    """Return the means [n, D] of one pack, each summed by itself in fp32: its neighbours change nothing."""
     tokens = torch.from_numpy(np.concatenate(prompts).astype(np.int64)).to(model.device)
     lengths = [len(prompt) for prompt in prompts]
     states_ND = (
@@ -82,7 +82,7 @@ def _means(model: PreTrainedModel, prompts: Sequence[NDArray[np.int32]], kind: K
 
 
 def _last_hidden(model: PreTrainedModel, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """[N, D] of one packed pass."""
+    """Run one packed pass and return its last hidden states [N, D]."""
     ends = np.cumsum(lengths).tolist()
     positions = torch.cat([torch.arange(length) for length in lengths])
     states_1ND: Tensor = model.base_model(
@@ -95,7 +95,7 @@ def _last_hidden(model: PreTrainedModel, tokens: Tensor, lengths: Sequence[int])
     return states_1ND[0]
 
 
-# All of them.
+# All prompts of a data set.
 
 
 def represent_all(
@@ -111,20 +111,20 @@ def represent_all(
 ) -> dict[str, Any]:
     """Write the prompts' representations as `out/train.npy` and `out/validation.npy`.
 
-    Both are float32 [n, D]; row i is record i.
+    Both are float32 [n, D]; row i is example i.
 
     Args:
-        encoded_folder: what `raymoe.data.instructions.prepare` wrote, where all nodes reach it.
+        encoded_folder: output of `raymoe.data.instructions.prepare`, where all nodes reach it.
         model_folder: Hugging Face folder of the dense model, likewise.
-        out: gets the files, likewise.
+        out: where the files go, likewise.
         kind: as in `represent`.
-        dtype: `float32` or `bfloat16`, what the model computes in.
-        actors: model copies; None: one per GPU, on CPUs one.
-        gpu: whether each of them takes a GPU.
+        dtype: the model's, `float32` or `bfloat16`.
+        actors: number of model copies; None: one per GPU, or one on CPUs.
+        gpu: give each copy a GPU.
         tokens_per_batch: tokens of one forward pass.
 
     Returns:
-        Width, prompts of each split, and tokens of all prompts.
+        Width, number of prompts in each split, and number of tokens in all prompts.
     """
     splits = [Encoded.load(local(encoded_folder) / split) for split in SPLITS]
     sizes = [len(encoded) for encoded in splits]
@@ -152,7 +152,7 @@ def represent_all(
 
 
 def _parts(sizes: Sequence[int], at_least: int) -> list[dict[str, int]]:
-    """Ranges [first, last) of the records of each split: small, and enough of them to share."""
+    """Cut each split into ranges [first, last) of examples: small, and enough of them to share."""
     step = max(1, min(PROMPTS_PER_PART, -(-sum(sizes) // at_least)))
     return [
         {"split": split, "first": first, "last": min(first + step, size)}
@@ -168,14 +168,14 @@ def _part_file(parts: Path, split: str, first: int) -> Path:
 def _join(
     parts: Path, out: Path, split: str, rows: Sequence[Mapping[str, int]], shape: tuple[int, int]
 ) -> None:
-    """Write `out/<split>.npy` from its parts, of which one at a time is in memory."""
+    """Write `out/<split>.npy` from its parts, with one part in memory at a time."""
     joined = np.lib.format.open_memmap(out / f"{split}.npy", mode="w+", dtype=np.float32, shape=shape)
     for row in rows:
         first, last = row["first"], row["last"]
         part = np.load(_part_file(parts, split, first), allow_pickle=False)
         if part.shape != (last - first, shape[1]) or not np.isfinite(part).all():
             raise RuntimeError(
-                f"{split} prompts {first} to {last - 1} have no representation that is a number"
+                f"the representations of {split} prompts {first} to {last - 1} are missing or not finite"
             )
         joined[first:last] = part
     joined.flush()
@@ -198,11 +198,11 @@ class Representer:
         self.out, self.kind, self.tokens_per_batch = out, kind, tokens_per_batch
 
     def __call__(self, rows: Mapping[str, NDArray[np.int64]]) -> dict[str, NDArray[np.int64]]:
-        """Write the parts of `rows`, the same again if asked again."""
+        """Write the parts of `rows`; repeating a call writes the same bytes."""
         columns = zip(*(rows[name].tolist() for name in ("split", "first", "last")), strict=True)
         with writing(self.out / PARTS) as parts:
             for split, first, last in columns:
-                prompts = [self.splits[split].prompt(record) for record in range(first, last)]
+                prompts = [self.splits[split].prompt(index) for index in range(first, last)]
                 means_nD = represent(self.model, prompts, self.kind, self.tokens_per_batch)
                 np.save(_part_file(parts, SPLITS[split], first), means_nD.numpy(), allow_pickle=False)
         return {"first": rows["first"]}

@@ -1,1 +1,1 @@
-"""Where outputs lie: locations, the store of finished stages, leases on training runs."""
+"""Storage: locations, the store of finished stages, leases on training runs."""

@@ -1,7 +1,7 @@
-"""A lease on a run's training: of several sweeps with the same run one trains it, the others wait for its result.
+"""Leases: of several sweeps with the same run, one trains it and the others wait for its result.
 
-The holder writes `lease.json` anew every few seconds. A lease is over when it is given up, when its holder is a
-dead process of this machine, or when nothing has renewed it for a minute: then whoever waits takes it and goes on
+The holder renews `lease.json` every few seconds. A lease ends when it is released, when its holder is a dead
+process on this machine, or when nobody has renewed it for a minute; then a waiting process takes it and resumes
 from the last checkpoint.
 """
 
@@ -26,21 +26,21 @@ from raymoe.storage.location import Location, Remote, padded, read_file, replace
 FILE = "lease.json"
 RENEWED_EVERY = 10.0
 STALE_AFTER = 60.0
-"""Seconds without a sign of life."""
+"""Seconds without renewal after which a watched lease has ended."""
 SURELY_STALE_AFTER = 600.0
-"""Seconds by which no two machines' clocks differ: a lease renewed so long ago is not watched for a minute."""
+"""Seconds, more than any two machines' clocks differ: a lease renewed longer ago has ended without watching it."""
 POLL = 1.0
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What file systems without hard links answer."""
+"""Errors of file systems without hard links."""
 SETTLE = 2.0
-"""Seconds in which two that take a lease at an address at the same moment see each other."""
+"""Seconds in which two processes that take the same lease on an object store notice each other."""
 
 
 @contextmanager
 def held(folder: Location, done: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str | None]:
-    """Hold the lease in `folder` within the block, under the id that it gives; waits for another's, saying so once.
+    """Hold the lease in `folder` within the block and yield its id; waits for another holder, saying so once.
 
-    None, without the lease, as soon as `done()` says that the one waited for left nothing to do.
+    Yields None, without the lease, once `done()` is true: the holder waited for has left nothing to do.
     """
     me = {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "id": uuid.uuid4().hex}
     if not _acquired(folder / FILE, me, done, say):
@@ -58,7 +58,7 @@ def held(folder: Location, done: Callable[[], bool], say: Callable[[str], None])
 
 
 def holder(folder: Location) -> str | None:
-    """Who holds the lease in `folder`, as a person is told; None if nobody does as far as can be seen at once."""
+    """Return who holds the lease in `folder`, for people to read; None if nobody seems to."""
     lease = _read(folder / FILE)
     if lease is None or _is_over(lease) or time.time() - lease["time"] > STALE_AFTER:
         return None
@@ -80,13 +80,13 @@ def _acquired(
             if _take(file, lease, me):
                 return True
         elif not waited:
-            say(f"waits: {_name(lease)} is training it")
+            say(f"waiting: {_name(lease)} is training it")
             waited = True
         time.sleep(POLL)
 
 
 def _take(file: Location, over: dict[str, Any] | None, me: dict[str, Any]) -> bool:
-    """Try to become the holder; False if somebody else was faster."""
+    """Try to become the holder; returns False if another process was faster."""
     if isinstance(file, Remote):
         replace_file(file, _signed(me))
         time.sleep(SETTLE)
@@ -97,7 +97,7 @@ def _take(file: Location, over: dict[str, Any] | None, me: dict[str, Any]) -> bo
     fresh = file.with_name(f".{FILE}.{me['id']}")
     try:
         fresh.write_bytes(_signed(me))
-        os.link(fresh, file)  # fails where there is one: of two, one gets it
+        os.link(fresh, file)  # fails if the file exists: only one process can win
     except FileExistsError:
         return False
     except OSError as error:
@@ -119,7 +119,7 @@ def _created(file: Path, content: bytes) -> bool:
 
 
 def _set_aside(file: Path, over: dict[str, Any]) -> None:
-    """Remove the lease `over`, and not one that somebody took since it was looked at."""
+    """Remove the ended lease `over`, but not one taken since it was read."""
     aside = file.with_name(f".{FILE}.{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         file.rename(aside)
@@ -144,7 +144,7 @@ def _renew(file: Location, me: dict[str, Any], stop: threading.Event) -> None:
                 return
             replace_file(file, _signed(me))
         except OSError:
-            continue  # a storage that does not answer: once more, until others have reason to think us dead
+            continue  # the storage does not answer: retry until others may consider us dead
 
 
 def _give_up(file: Location, me: dict[str, Any]) -> None:
@@ -153,14 +153,14 @@ def _give_up(file: Location, me: dict[str, Any]) -> None:
             file.unlink(missing_ok=True)
 
 
-def is_held_by(folder: Location, identity: str) -> bool:
-    """Whether nobody else has taken the lease in `folder` from the holder `identity`."""
+def is_held_by(folder: Location, lease_id: str) -> bool:
+    """True if nobody else has taken the lease in `folder` that was held under `lease_id`."""
     lease = _read(folder / FILE)
-    return lease is None or lease["id"] == identity
+    return lease is None or lease["id"] == lease_id
 
 
 def _read(file: Location) -> dict[str, Any] | None:
-    """The lease in `file`, None if there is none; a damaged one is nobody's, of long ago."""
+    """Read the lease in `file`, None if there is none; a damaged one counts as nobody's, long ended."""
     text = read_file(file)
     if text is None:
         return None
@@ -181,7 +181,7 @@ def _name(lease: dict[str, Any]) -> str:
 
 
 def _is_over(lease: dict[str, Any]) -> bool:
-    """Whether it is to be seen at once that nobody holds it any more."""
+    """True if the lease is provably dead."""
     if lease["host"] == _host() and _started(lease["pid"]) != lease.get("started"):
         return True
     return bool(time.time() - lease["time"] > SURELY_STALE_AFTER)
@@ -189,11 +189,11 @@ def _is_over(lease: dict[str, Any]) -> bool:
 
 @cache
 def _host() -> str:
-    """This machine, and this start of it; a container with a name of its own is another."""
+    """Identify this machine and this boot of it; a container with its own name counts as another machine."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     space = Path(
         "/proc/self/ns/pid"
-    )  # containers on one machine may have its name, and process ids of their own
+    )  # containers may share the machine's name, with process ids of their own
     return (
         f"{socket.gethostname()}/{boot.read_text().strip() if boot.is_file() else ''}"
         f"/{os.readlink(space) if space.exists() else ''}"
@@ -201,7 +201,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started, in ticks of the machine; None if it does not run."""
+    """Return when a process on this machine started, in clock ticks since boot; None if it is not running."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state == "Z" else fields[18]
@@ -211,7 +211,7 @@ def _started(pid: int) -> str | None:
         return None
     if Path("/proc/self/stat").exists():
         return None
-    try:  # no /proc: that it runs has to do
+    try:  # without /proc, knowing that it runs has to do
         os.kill(pid, 0)
     except ProcessLookupError:
         return None

@@ -1,13 +1,13 @@
-"""Where things are: folders, or addresses of an object store (S3, GCS), with what is needed to work on either.
+"""Locations: folders, or addresses on an object store (S3, GCS), and functions that work on either.
 
-A *location* is a `Path`, or a `Remote` that has those of pathlib's methods that raymoe uses. What makes files takes
-any location and asks for folders:
+A *location* is a `Path`, or a `Remote` with the subset of pathlib's methods that raymoe uses. Code that reads or
+writes files takes any location and asks for a folder:
 
     with writing(out) as folder: ...                    # `out` itself, or a temporary folder that is uploaded
     model = from_pretrained(local(location))            # the folder itself, or this node's copy of it
 
-An object is written whole or not at all, and a local copy is downloaded once per node, into $RAYMOE_CACHE
-(~/.cache/raymoe): what is at a location that `local` is asked for must not change any more.
+Objects are written whole or not at all. Local copies are downloaded once per node, into $RAYMOE_CACHE
+(~/.cache/raymoe), so what `local` is asked for must not change afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from raymoe.schema import InputError
 
 SCHEMES = ("s3", "gs")
 ATTEMPTS = 7
-"""Of every request to S3, with pauses that double: an outage of 20 s is not noticed."""
+"""Attempts per S3 request, with doubling pauses: outages of up to 20 s go unnoticed."""
 READS = 3
 PADDED = 2048
 CHUNK = 64 * 1024 * 1024
@@ -40,12 +40,12 @@ Result = TypeVar("Result")
 
 
 class StorageError(OSError):
-    """An object store refuses or does not answer, after retries. One line."""
+    """An object store that refuses or does not answer, after retries. The message is one line."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """An address below which objects are. Light: it connects when it is used, in whatever process that is."""
+    """A prefix on an object store. Cheap to create and to pickle: it connects on first use in each process."""
 
     base: str
     """`s3://bucket/prefix`"""
@@ -60,7 +60,7 @@ class Remote:
 
     @property
     def name(self) -> str:
-        """The last part."""
+        """Last component of the address."""
         return self.base.rpartition("/")[2]
 
     @property
@@ -70,37 +70,37 @@ class Remote:
 
     @property
     def parent(self) -> Remote:
-        """What it is in."""
+        """Address without its last component."""
         return Remote(self.base.rpartition("/")[0], self.query)
 
     @property
     def path(self) -> str:
-        """`bucket/prefix`, as `filesystem` wants it."""
+        """`bucket/prefix`, as `filesystem` expects it."""
         return self.base.partition("://")[2]
 
     @property
     def filesystem(self) -> Any:
-        """pyarrow's."""
+        """pyarrow's file system for the bucket."""
         return _filesystem("/".join(self.base.split("/")[:3]), self.query)
 
     def is_file(self) -> bool:
-        """Whether there is an object of this name."""
+        """True if there is an object of this name."""
         return bool(self._info().is_file)
 
     def exists(self) -> bool:
-        """Whether there is an object of this name, or any below."""
+        """True if there is an object of this name, or any below it."""
         return bool(self._info().type)
 
     def modified(self) -> tuple[float, int]:
-        """When it was written (seconds since 1970) and its size; zeros if it is not there."""
+        """Return modification time (seconds since 1970) and size; zeros if the object is missing."""
         info = self._info()
         return (info.mtime.timestamp(), info.size) if info.is_file else (0.0, 0)
 
     def read_bytes(self) -> bytes:
-        """Raises FileNotFoundError if there is none.
+        """Read the object; raises FileNotFoundError if it is missing.
 
-        pyarrow asks for the size first: what is replaced in between by something longer or shorter is read again,
-        which does not help against a third one. What has several writers is best `padded`.
+        pyarrow asks for the size first, so an object replaced in between by a longer or shorter one is read again,
+        a few times. Objects with several writers should be `padded`.
         """
 
         def read() -> bytes:
@@ -114,11 +114,11 @@ class Remote:
         return content
 
     def read_text(self) -> str:
-        """As UTF-8."""
+        """Read the object as UTF-8."""
         return self.read_bytes().decode()
 
     def write_bytes(self, content: bytes) -> None:
-        """All of it, or nothing; a second writer replaces the first."""
+        """Write the object, all or nothing; a later writer replaces an earlier one."""
 
         def write() -> None:
             with self.filesystem.open_output_stream(self.path) as stream:
@@ -127,15 +127,15 @@ class Remote:
         self._tried(write)
 
     def write_text(self, content: str) -> None:
-        """As UTF-8."""
+        """Write the object as UTF-8."""
         self.write_bytes(content.encode())
 
     def touch(self) -> None:
-        """Make it, empty."""
+        """Create an empty object."""
         self.write_bytes(b"")
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Remove one object."""
+        """Remove the object."""
         try:
             self._tried(lambda: self.filesystem.delete_file(self.path))
         except FileNotFoundError:
@@ -143,28 +143,28 @@ class Remote:
                 raise
 
     def glob(self, pattern: str) -> list[Remote]:
-        """What is in it and whose name fits, sorted; nothing if it is not there."""
+        """Return what is directly below and matches, sorted; empty if the address is missing."""
         return sorted(
             (self / i.base_name for i in self.objects() if fnmatch(i.base_name, pattern)),
             key=lambda r: r.base,
         )
 
     def objects(self, recursive: bool = False) -> list[Any]:
-        """pyarrow's descriptions of what is in it."""
+        """Return pyarrow's descriptions of what is below."""
         from pyarrow.fs import FileSelector
 
         selector = FileSelector(self.path, allow_not_found=True, recursive=recursive)
         return self._tried(lambda: self.filesystem.get_file_info(selector))
 
     def remove_all(self) -> None:
-        """Remove everything below; nothing if it is not there."""
+        """Remove everything below; does nothing if the address is missing."""
         try:
             self._tried(lambda: self.filesystem.delete_dir(self.path))
         except FileNotFoundError:
             return
 
     def upload(self, folder: Path) -> None:
-        """Copy what is in the local `folder` below this address; complete only if it returns."""
+        """Copy the content of the local `folder` below this address; complete only if it returns."""
         from pyarrow.fs import copy_files
 
         # uploads on several threads may hang (arrow#32372)
@@ -173,10 +173,10 @@ class Remote:
         self._tried(lambda: copy_files(str(folder), self.path, destination_filesystem=target, **options))
 
     def download(self, target: Path) -> None:
-        """Copy the object, or all that is below this address, to `target`.
+        """Copy the object, or everything below this address, to `target`.
 
         Raises:
-            FileNotFoundError: there is nothing.
+            FileNotFoundError: nothing is there.
         """
         from pyarrow.fs import FileType, copy_files
 
@@ -191,7 +191,7 @@ class Remote:
         return self._tried(lambda: self.filesystem.get_file_info(self.path))
 
     def _tried(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`, whose requests are retried below; its failure as one line."""
+        """Return the result of `work`, whose requests pyarrow retries; raises its failure as one line."""
         try:
             return work()
         except FileNotFoundError:
@@ -213,10 +213,10 @@ def _filesystem(bucket: str, query: str) -> Any:
         return found
 
     class Patient(S3FileSystem):  # type: ignore[misc]
-        def __reduce__(self) -> Any:  # pyarrow's own forgets how to retry
+        def __reduce__(self) -> Any:  # pyarrow's own drops the retry strategy
             return _filesystem, (bucket, query)
 
-    _, (options,) = found.__reduce__()[:2]  # all that the address and the environment say
+    _, (options,) = found.__reduce__()[:2]  # everything from the address and the environment
     more = {"retry_strategy": AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS), "connect_timeout": 5.0}
     if "allow_delayed_open" in options:
         more["allow_delayed_open"] = True  # a small file is one request instead of three
@@ -224,10 +224,10 @@ def _filesystem(bucket: str, query: str) -> Any:
 
 
 def location(text: str | Path | Remote) -> Location:
-    """What `text` names: a folder, made absolute, or an address.
+    """Return the location that `text` names: a folder, made absolute, or an address.
 
     Raises:
-        InputError: an address that raymoe can't use, or one with a password.
+        InputError: an address that raymoe can't use, or one with credentials in it.
     """
     if isinstance(text, Remote):
         return text
@@ -241,45 +241,45 @@ def location(text: str | Path | Remote) -> Location:
     if scheme not in SCHEMES or not address:
         known = ", ".join(f"{s}://bucket/prefix" for s in SCHEMES)
         raise InputError(f"expected a folder, {known} (got {str(text)!r})")
-    if "@" in address or ":" in address.split("/")[0]:  # a secret key may have slashes
+    if "@" in address or ":" in address.split("/")[0]:  # a secret key may contain slashes
         raise InputError(
-            f"credentials belong into the environment (AWS_ACCESS_KEY_ID, ...), not into {scheme}://..."
+            f"credentials belong in the environment (AWS_ACCESS_KEY_ID, ...), not in {scheme}://..."
         )
     return Remote(f"{scheme}://{address}", query)
 
 
 def check_reachable(root: Remote) -> None:
-    """Raises InputError where nothing answers at `root`, it lets nobody in, or there is no such bucket."""
+    """Raise InputError if nothing answers at `root`, access is denied, or the bucket does not exist."""
     bucket = Remote("/".join(root.base.split("/")[:3]), root.query)
     try:
         found = root.exists() or bucket.exists()
     except StorageError as error:
         if root == bucket or "ACCESS_DENIED" not in str(error):
             raise InputError(str(error)) from None
-        found = True  # it may show the prefix alone, or nothing: writing tells
+        found = True  # listing may be restricted: writing will tell
     if not found:
         raise InputError(f"{root}: there is no bucket {bucket.path!r}")
 
 
 def ray_storage(where: Location) -> dict[str, Any]:
-    """How Ray's RunConfig is told about a location."""
+    """Return the arguments that give a location to Ray's RunConfig."""
     if isinstance(where, Path):
         return {"storage_path": str(where)}
     return {"storage_path": where.path, "storage_filesystem": where.filesystem}
 
 
-# ---- on either
+# ---- on any location
 
 
 def cache_folder() -> Path:
-    """Where this node keeps copies of remote locations: $RAYMOE_CACHE, by default ~/.cache/raymoe."""
+    """Return the folder of this node's copies of remote locations: $RAYMOE_CACHE or ~/.cache/raymoe."""
     return Path(os.environ.get("RAYMOE_CACHE") or "~/.cache/raymoe").expanduser().absolute()
 
 
 def local(where: Location) -> Path:
-    """`where` as a path of this machine: itself, or this node's copy, which is downloaded if it is not there.
+    """Return `where` as a local path: itself, or this node's copy, downloaded if missing.
 
-    Processes of a node that ask at once download once.
+    Processes of a node that ask at the same time download once.
     """
     if isinstance(where, Path):
         return where
@@ -293,7 +293,7 @@ def local(where: Location) -> Path:
     with FileLock(copy.parent / ".lock"):
         if not copy.exists():
             partial = copy.parent / ".partial"
-            _remove(partial)  # of a process that was killed
+            _remove(partial)  # left by a killed process
             try:
                 where.download(partial)
                 partial.rename(copy)
@@ -304,7 +304,7 @@ def local(where: Location) -> Path:
 
 @contextmanager
 def writing(where: Location) -> Iterator[Path]:
-    """A folder to write what is to be at `where`: itself, or a temporary one that is uploaded at the end.
+    """Yield a folder to write to: `where` itself, or a temporary folder that is uploaded to it at the end.
 
     Nothing is uploaded if the block fails.
     """
@@ -319,7 +319,7 @@ def writing(where: Location) -> Iterator[Path]:
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder beside this node's copies, where there is room for models and checkpoints."""
+    """Yield a temporary folder next to this node's copies, where models and checkpoints have room."""
     folder = cache_folder() / "scratch"
     for left in folder.glob(f"{HOST}-*"):
         if not runs(int(left.name.split("-")[1])):
@@ -333,18 +333,18 @@ def scratch() -> Iterator[Path]:
 
 
 def delete(where: Location) -> None:
-    """Remove what is at `where` and below, as far as possible."""
+    """Remove `where` and everything below, as far as possible."""
     if isinstance(where, Path):
         shutil.rmtree(where, ignore_errors=True)
         return
     try:
         where.remove_all()
     except StorageError:
-        return  # left-overs are removed by whoever finds them old
+        return  # whoever finds old left-overs removes them
 
 
 def replace_file(file: Location, content: bytes) -> None:
-    """Write a small file so that readers see the old or the new one, whole."""
+    """Write a small file atomically: readers see all of the old or all of the new content."""
     if isinstance(file, Remote):
         file.write_bytes(content)
         return
@@ -358,12 +358,12 @@ def replace_file(file: Location, content: bytes) -> None:
 
 
 def padded(text: str) -> str:
-    """`text` with spaces at its end, which JSON does not mind: all versions of a small file are equally long."""
+    """Pad `text` with trailing spaces, which JSON allows, so that all versions of a small file are equally long."""
     return text.ljust(-(-len(text) // PADDED) * PADDED)
 
 
 def read_file(file: Location) -> bytes | None:
-    """Content of a small file; None if it is not there."""
+    """Return the content of a small file; None if it is missing."""
     try:
         return file.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -374,7 +374,7 @@ HOST = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())
 
 
 def runs(pid: int) -> bool:
-    """Whether a process of this machine runs."""
+    """True if the process is running on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

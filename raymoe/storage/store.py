@@ -1,9 +1,9 @@
-"""The store: one folder per stage output, named `<stage>-<hash of what made it>`, written once.
+"""The store: one folder per stage output, named `<stage>-<hash of its identity>`, written once.
 
-On a disk a stage writes into a hidden partial folder; its marker `stage.json` is written last and the folder is
-then renamed into place. At an address (S3) nothing can be renamed: every writer has a folder of its own below the
-stage's, and the marker, which names one of them, is written last. Either way a killed stage leaves nothing that
-looks finished, a stage that is there is never made again, and of two writers one wins and both can go on.
+On a disk, a stage writes into a hidden partial folder; its marker `stage.json` is written last, then the folder is
+renamed into place. On an object store nothing can be renamed: every writer has its own folder below the stage's,
+and the marker, written last, names one of them. Either way a killed stage leaves nothing that looks finished, a
+finished stage is never made again, and of two writers one wins and both can go on.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from raymoe.storage.location import (
 
 MARKER = "stage.json"
 ABANDONED = 24 * 3600.0
-"""Seconds after which what an unknown writer left at an address is removed."""
+"""Seconds after which unfinished output on an object store is removed."""
 
 
 def digest(identity: Any) -> str:
-    """Twelve hexadecimal digits of a JSON value: equal values, whatever their key order, have equal digests."""
+    """Hash a JSON value to twelve hexadecimal digits, whatever the order of its keys."""
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what computes the stages."""
+    """Return the versions of Python and of the packages that compute the stages."""
     packages = ("raymoe", "torch", "transformers", "ray", "deepspeed")
     found = {"python": platform.python_version()}
     for package in packages:
@@ -60,26 +60,26 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Output:
-    """A finished stage: where it is and what its marker says (identity, info, seconds, versions)."""
+    """A finished stage: its location and its marker (identity, info, seconds, versions)."""
 
     location: Location
     marker: Mapping[str, Any]
 
     def fetch(self) -> Path:
-        """Its folder on this machine, which is downloaded if it is not there."""
+        """Return its folder on this machine, downloaded if missing."""
         return local(self.location)
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the stage chose to record about itself: rows, tokens, measurements."""
+        """What the stage recorded about itself: counts, tokens, measurements."""
         return self.marker["info"]  # type: ignore[no-any-return]
 
 
 class Store:
-    """Stage outputs below one root: a folder on a disk that every node of the cluster sees, or an address."""
+    """Stage outputs below one root: a folder that every node of the cluster sees, or an address."""
 
     def __init__(self, root: str | Path | Remote) -> None:
-        """Raises InputError where `root` is an address that can't be used, or without an answer."""
+        """Raise InputError if `root` is an address that can't be used or does not answer."""
         try:
             self.root = location(root)
             if isinstance(self.root, Remote):
@@ -89,11 +89,11 @@ class Store:
 
     @property
     def checkpoints(self) -> Location:
-        """Where runs are while they train."""
+        """Location of the checkpoints of runs that are training."""
         return self.root / "checkpoints"
 
     def check_writable(self) -> None:
-        """Raises InputError where nothing can be written below the root."""
+        """Raise InputError if nothing can be written below the root."""
         probe = self.root / f".probe-{uuid.uuid4().hex}"
         try:
             if isinstance(self.root, Path):
@@ -105,14 +105,14 @@ class Store:
             raise InputError(f"execution.storage: can't write to {self.root}: {reason}") from None
 
     def place(self, stage: str, identity: Mapping[str, Any]) -> Location:
-        """Where the marker of `stage` made from `identity` is, or will be."""
+        """Return where the marker of `stage` made from `identity` is, or will be."""
         return self.root / f"{stage}-{digest(identity)}"
 
     def path(self, stage: str, identity: Mapping[str, Any]) -> Location:
-        """Where the output of `stage` made from `identity` is; on a disk also where it will be.
+        """Return where the output of `stage` made from `identity` is; on a disk, also where it will be.
 
         Raises:
-            LookupError: at an address, it is not there yet.
+            LookupError: on an object store, if it is not there yet.
         """
         if isinstance(place := self.place(stage, identity), Path):
             return place
@@ -121,11 +121,11 @@ class Store:
         raise LookupError(f"{place}: not in the store")
 
     def find(self, stage: str, identity: Mapping[str, Any]) -> Output | None:
-        """The finished output, or None."""
+        """Return the finished output, or None."""
         return self.at(self.place(stage, identity))
 
     def at(self, place: Location) -> Output | None:
-        """The finished output whose marker is in `place`, or None."""
+        """Return the finished output whose marker is in `place`, or None."""
         text = read_file(place / MARKER)
         if text is None:
             return None
@@ -135,10 +135,10 @@ class Store:
     def make(
         self, stage: str, identity: Mapping[str, Any], build: Callable[[Any], Mapping[str, Any]]
     ) -> Output:
-        """The finished output, made by `build` if it is not there yet.
+        """Return the finished output, made by `build` if it is not there yet.
 
-        `build` gets an empty location to write into, a folder if the store is one, and returns the stage's info
-        (JSON values).
+        `build` gets an empty location to write into (a folder if the store is one) and returns the stage's info
+        as JSON values.
         """
         final = self.place(stage, identity)
         if found := self.at(final):
@@ -167,7 +167,7 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _remove_abandoned(self, name: str) -> None:
-        """Remove what killed processes of this host left of the stage `name`."""
+        """Remove what killed processes on this host left of the stage `name`."""
         assert isinstance(self.root, Path)
         for partial in self.root.glob(f".partial-{name}-{HOST}-*"):
             if not runs(int(partial.name.split("-")[-2])):
@@ -178,16 +178,16 @@ def _publish(partial: Path, final: Path) -> None:
     try:
         partial.rename(final)
     except OSError:
-        if not (final / MARKER).is_file():  # not another writer's finished output: a real error
+        if not (final / MARKER).is_file():  # a real error, not another writer's finished output
             raise
 
 
 def _make_remote(
     store: Store, final: Remote, build: Callable[[Any], Mapping[str, Any]], described: Any
 ) -> None:
-    """Build below a folder of this writer's own, then let the marker name it, unless another's does by now.
+    """Build in this writer's own folder, then write the marker that names it, unless another has done so.
 
-    Two that look at the same moment both write a marker: the later one counts, and both outputs are whole.
+    Two writers that check at the same moment both write a marker: the later one counts, and both outputs are whole.
     """
     _remove_old(final)
     mine = final / uuid.uuid4().hex[:12]
@@ -202,12 +202,12 @@ def _make_remote(
     if lost:
         delete(mine)
     else:
-        (final / MARKER).write_text(text)  # if that fails it may still have arrived: `mine` stays
+        (final / MARKER).write_text(text)  # a failed write may still have arrived: keep `mine`
 
 
 def _remove_old(final: Remote) -> None:
-    """Remove what writers that never finished left long ago below `final`."""
-    with contextlib.suppress(StorageError):  # not what was asked for: the next writer tries again
+    """Remove old output below `final` of writers that never finished."""
+    with contextlib.suppress(StorageError):  # not essential: the next writer tries again
         newest: dict[str, float] = {}
         for found in final.objects(recursive=True):
             below = found.path.removeprefix(final.path + "/").split("/")[0]

@@ -24,17 +24,17 @@ from raymoe.analysis.size import sizes
 from raymoe.data.packing import Batch
 from raymoe.methods import SparseInterpolation
 from raymoe.models.collectives import summed
-from raymoe.models.simoe import (
-    Form,
+from raymoe.models.gates import (
     Gates,
     PromptRouter,
     expected_sparsity,
-    interpolate,
     live_columns,
     mean_overlap,
     orthogonality,
     sparsity,
 )
+from raymoe.models.interpolated import Form
+from raymoe.models.simoe import interpolate
 from raymoe.storage.location import local
 from raymoe.train.extension import Extension, Setting
 from raymoe.train.gate_optimizer import GateDescent

@@ -35,21 +35,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from raymoe.config import Data, validate
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
-from raymoe.data.sources import Instruction
 from raymoe.methods import SparseInterpolation
-from raymoe.models.simoe import (
-    GateLayout,
-    GateSpan,
-    Interpolated,
-    InterpolatedLayer,
-    InterpolatedLinear,
-    PromptRouter,
-    gate_layout,
-    interpolate,
-    kept_share,
-    merged_columns,
-)
+from raymoe.models.gates import GateLayout, GateSpan, PromptRouter, gate_layout
+from raymoe.models.interpolated import InterpolatedLayer, InterpolatedLinear, kept_share, merged_columns
+from raymoe.models.simoe import Interpolated, interpolate
 from raymoe.schema import InputError
 from raymoe.storage.location import Location, local, location
 from raymoe.upcycle.checkpoint import copy_dense, new_folder, read_config, write_companions

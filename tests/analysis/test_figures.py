@@ -1,4 +1,4 @@
-"""What the figures show, read back from what is drawn; and that no text lies on another or is cut."""
+"""Figures: what they show, read back from what is drawn; no text overlaps another or is cut off."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raymoe.analysis.figures import activation, constraint, draw, overlap, size, where
 from raymoe.analysis.masks import describe
-from raymoe.models.simoe import gate_layout
+from raymoe.models.gates import gate_layout
 
 SIZES = {
     "simoe": {"total": 9_600_000_000, "active": 9_600_000_000, "training_bytes": 120 * 2**30},
@@ -66,7 +66,7 @@ def rows(experts: int = 1, steps: int = 30) -> list[dict[str, Any]]:
 
 
 class Recorder(RendererAgg):
-    """Agg, keeping the box (left, top, right, bottom) of every text that is drawn."""
+    """Agg, recording the box (left, top, right, bottom) of every text drawn."""
 
     def __init__(self, figure: Figure) -> None:
         self.extent = (figure.bbox.width, figure.bbox.height)
@@ -106,7 +106,7 @@ def check_texts(figure: Figure) -> None:
 @pytest.mark.parametrize(
     ("experts", "tasks", "layers"), [(8, 28, 4), (1, 1, 1), (1, 3, 2), (2, 2, 2), (16, 20, 48), (40, 130, 3)]
 )
-def test_no_text_lies_on_another(experts: int, tasks: int, layers: int) -> None:
+def test_no_text_overlaps_another(experts: int, tasks: int, layers: int) -> None:
     given = description(experts, tasks, layers)
     for figure in (overlap(given), where(given), activation(given), constraint(rows(min(experts, 32)))):
         assert figure is not None
@@ -121,7 +121,7 @@ def test_sizes_of_any_magnitude_are_readable(scale: float) -> None:
     check_texts(figure)
 
 
-def test_all_figures_are_pictures_in_the_folder(tmp_path: Path) -> None:
+def test_every_figure_is_a_png_in_the_folder(tmp_path: Path) -> None:
     files = draw(description(), rows(), SIZES, tmp_path / "figures")
     assert [f.name for f in files] == [
         "overlap.png", "where.png", "activation.png", "constraint.png", "size.png",
@@ -133,14 +133,14 @@ def test_all_figures_are_pictures_in_the_folder(tmp_path: Path) -> None:
         assert (picture[..., :3].min(-1) < 0.9).mean() > 0.01  # of its points have ink
 
 
-def test_what_is_not_known_is_not_drawn(tmp_path: Path) -> None:
+def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     evaluations = [{"step": 0, "time": 0, "metrics": {"eval/loss": 3.0}}]
     assert [f.stem for f in draw(description(2, 2), evaluations, None, tmp_path)] == [
         "overlap", "where", "activation",
     ]  # fmt: skip
 
 
-def test_names_that_the_font_has_no_glyphs_for(tmp_path: Path) -> None:
+def test_task_names_without_glyphs_in_the_font(tmp_path: Path) -> None:
     given = description(2, 2)
     given["tasks"][0]["task"] = "数学"
     with warnings.catch_warnings():
@@ -174,7 +174,7 @@ def test_shares_by_kind_and_by_depth() -> None:
     assert list(right.lines[2].get_ydata()) == pytest.approx([1 - given["sparsity"]["union"][0]] * 2)
 
 
-def test_tasks_in_the_order_of_scipys_tree() -> None:
+def test_tasks_are_in_the_order_of_scipys_tree() -> None:
     given = description()
     tree, heat, _ = activation(given).axes
     rows = [list(row) for row in heat.images[0].get_array()]
@@ -191,7 +191,7 @@ def test_tasks_in_the_order_of_scipys_tree() -> None:
 
 
 def clusters_together(shown: Sequence[int], distances: np.ndarray[Any, Any]) -> bool:
-    """Whether the leaves of every cluster of scipy's tree stand side by side."""
+    """True if the leaves of every cluster of scipy's tree are side by side."""
     members = {i: {i} for i in range(len(shown))}
     place = {leaf: i for i, leaf in enumerate(shown)}
     for i, (a, b, *_) in enumerate(distances):
@@ -210,7 +210,7 @@ def test_the_tasks_with_the_most_prompts_are_shown() -> None:
     assert most < shown
 
 
-def test_one_task_or_equal_ones_have_no_tree() -> None:
+def test_a_single_task_or_equal_ones_have_no_tree() -> None:
     assert len(activation(description(tasks=1)).axes) == len(activation(description(experts=1)).axes) == 2
     assert len(activation(description(tasks=2)).axes) == 3
 

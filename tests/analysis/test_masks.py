@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from raymoe.analysis.masks import clustered, describe, headline
-from raymoe.models.simoe import GateLayout, gate_layout
+from raymoe.models.gates import GateLayout, gate_layout
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 3,
@@ -54,7 +54,7 @@ def described(model: Any, experts: int = 3, **more: Any) -> tuple[dict[str, Any]
 
 
 def masks_by_parameter(model: Any, gates: Tensor, layout: GateLayout) -> dict[str, Tensor]:
-    """Whole masks [M, *weight.shape]: each gate written out over the parameters that it owns."""
+    """Return whole masks [M, *weight.shape]: each gate expanded over the parameters it owns."""
     return {
         span.name: gates[:, None, span.start : span.start + span.width]
         .expand(-1, model.get_submodule(span.name).weight.numel() // span.width, -1)
@@ -76,7 +76,7 @@ def expected_shares(masks: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def test_where_the_masks_open_counted_over_whole_weights(model: Any) -> None:
+def test_where_the_masks_are_open_counted_over_whole_weights(model: Any) -> None:
     found, gates, layout = described(model)
     masks = masks_by_parameter(model, gates, layout)
     assert [row["kind"] for row in found["kinds"]] == [
@@ -128,7 +128,7 @@ def test_weights_by_task_and_by_domain(model: Any) -> None:
     )
 
 
-def test_one_expert_and_one_that_is_closed(model: Any) -> None:
+def test_a_single_expert_and_a_closed_one(model: Any) -> None:
     layout = gate_layout(model)
     alone = describe(random_gates(1, layout), layout, torch.ones(2, 1), ("a", "a"), ("a", "a"))
     assert (alone["overlap"]["mean"], alone["linkage"]) == (0, [])

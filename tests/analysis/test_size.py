@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, Mixtra
 
 from raymoe.analysis.size import Counts, sizes, training_state
 from raymoe.methods import SparseInterpolation, SparseUpcycling
+from raymoe.models.gates import Gates, PromptRouter, gate_layout
 from raymoe.models.moe import upcycle_model
-from raymoe.models.simoe import Gates, PromptRouter, gate_layout, interpolate
+from raymoe.models.simoe import interpolate
 
 METHOD = SparseInterpolation(num_experts=3, sparsity_target=0.75, router_hidden_size=5)
 
@@ -89,7 +90,7 @@ def test_simoe_without_its_dead_columns() -> None:
     assert default == dense + layout.num_parameters // 4 + 3 * layout.size // 4 + router
 
 
-def test_the_model_that_a_config_belongs_to_stays_as_it_is() -> None:
+def test_the_model_of_a_config_is_not_changed() -> None:
     model = pico_model("llama")
     before = model.config.to_dict()
     sizes(model.config, METHOD)
@@ -106,14 +107,14 @@ def test_the_model_that_a_config_belongs_to_stays_as_it_is() -> None:
         (3, 1.9e9),
     ],
 )
-def test_zero_spreads_the_state_as_its_paper_says(stage: int, expected: float) -> None:
+def test_zero_shards_the_state_as_in_its_paper(stage: int, expected: float) -> None:
     model = Counts(total=7_500_000_000, active=7_500_000_000, trained=7_500_000_000)
     state = training_state(model, "bfloat16", workers=64, zero_stage=stage)
     papers = {**state, "gradients": state["gradients"] / 2}  # 16 bits there, fp32 here
     assert sum(papers.values()) == pytest.approx(expected, rel=0.02)
 
 
-def test_zero_leaves_masks_whole_and_spreads_frozen_weights_last() -> None:
+def test_zero_replicates_masks_and_shards_frozen_weights_last() -> None:
     model = Counts(total=0, active=0, trained=800, frozen=400, masks=10)
     states = [training_state(model, "bfloat16", workers=8, zero_stage=stage) for stage in range(4)]
     assert [s["masks"] for s in states] == [160] * 4

@@ -19,10 +19,11 @@ import raymoe
 from raymoe import stages
 from raymoe.cli import main as cli
 from raymoe.config import Execution, Run, load
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
-from raymoe.data.sources import Instruction
 from raymoe.methods import SparseInterpolation
-from raymoe.models.simoe import PromptRouter, interpolate
+from raymoe.models.gates import PromptRouter
+from raymoe.models.simoe import interpolate
 from raymoe.stages import Context, Stage
 from raymoe.storage.store import Store
 from raymoe.tracking.ledger import Ledger

@@ -1,4 +1,4 @@
-"""Encoding, packing and collating, against formulas written out and the tokenizer's own output."""
+"""Encoding, against texts written out and the tokenizer's own output."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raymoe.config import Data
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import Encoded, encode, prepare
-from raymoe.data.packing import collate, epoch_sequences, pack
-from raymoe.data.sources import Instruction
 from raymoe.schema import InputError
 
 CHAT_TEMPLATE = (
@@ -44,7 +42,7 @@ def tokenizer(pico: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has learnt to merge line ends with the indentation after them."""
+    """A byte-level BPE that merges line ends with the indentation after them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,8 +68,8 @@ def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrain
 # Tokens.
 
 
-def spelled(tokenizer: PreTrainedTokenizerFast, encoded: Encoded, record: int) -> tuple[str, str]:
-    return tokenizer.decode(encoded.prompt(record)), tokenizer.decode(encoded.completion(record))
+def spelled(tokenizer: PreTrainedTokenizerFast, encoded: Encoded, index: int) -> tuple[str, str]:
+    return tokenizer.decode(encoded.prompt(index)), tokenizer.decode(encoded.completion(index))
 
 
 def test_the_plain_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -119,22 +117,26 @@ def test_prompt_tokens_are_those_of_generation_where_a_merge_would_straddle(
     assert completion.startswith("    return x")
 
 
-def test_rows_that_the_template_refuses_or_rewrites_are_bad(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_instructions_that_the_template_rejects_or_rewrites_are_bad(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     late_system = Instruction("a", "d", "t", (("user", "x"), ("system", "y")), "z", "f:1")
     good = Instruction("b", "d", "t", (("user", "x"),), "z", "f:2")
     chat = with_template(tokenizer, CHAT_TEMPLATE)
     with pytest.raises(
-        InputError, match=r"f:1: the tokenizer's chat template refuses it: system must come first"
+        InputError, match=r"f:1: the tokenizer's chat template rejects it: system must come first"
     ):
         encode([late_system, good], chat, Data())
     kept = encode([late_system, good], chat, Data(on_bad_row="skip"))
     assert kept.ids == ("b",) and len(kept.skipped) == 1
     rewriting = with_template(tokenizer, "{{ messages | length }}{% if add_generation_prompt %}:{% endif %}")
-    with pytest.raises(InputError, match=r"f:2: .* renders the conversation other than its prompt"):
+    with pytest.raises(
+        InputError, match=r"f:2: .* renders the prompt differently within the whole conversation"
+    ):
         encode([good], rewriting, Data())
 
 
-def test_rows_that_are_too_long_are_bad(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_instructions_that_are_too_long_are_bad(tokenizer: PreTrainedTokenizerFast) -> None:
     instructions = [Instruction(str(n), "d", "t", (("user", "x"),), "y" * n, f"f:{n}") for n in (5, 6)]
     fits = len(encode(instructions[:1], tokenizer, Data()).tokens)
     with pytest.raises(InputError, match=rf"f:6: {fits + 1} tokens, more than data.max_length {fits}"):
@@ -145,7 +147,7 @@ def test_rows_that_are_too_long_are_bad(tokenizer: PreTrainedTokenizerFast) -> N
         encode(instructions, tokenizer, Data(max_length=8, on_bad_row="skip"))
 
 
-def test_saved_and_loaded_is_the_same_and_mapped_into_memory(
+def test_loading_gives_what_was_saved_memory_mapped(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     instructions = [
@@ -161,7 +163,7 @@ def test_saved_and_loaded_is_the_same_and_mapped_into_memory(
     assert (loaded.ids, loaded.domains, loaded.tasks) == (encoded.ids, encoded.domains, encoded.tasks)
 
 
-def test_prepare_writes_both_splits_and_says_what_is_in_them(pico: Path, tmp_path: Path) -> None:
+def test_prepare_writes_both_splits_and_describes_them(pico: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write_jsonl(folder / "math.train.jsonl", [*numbered(8), {"prompt": "x", "completion": "y" * 999}])
@@ -174,84 +176,3 @@ def test_prepare_writes_both_splits_and_says_what_is_in_them(pico: Path, tmp_pat
     assert info["validation_examples"] == len(Encoded.load(tmp_path / "out" / "validation")) == 2
     assert info["train_sources"][0]["path"] == str(folder / "math.train.jsonl")
     json.dumps(info)
-
-
-# Packing.
-
-
-@pytest.mark.parametrize("capacity", [40, 100, 512])
-def test_every_example_is_packed_once_and_windows_are_full(capacity: int) -> None:
-    generator = np.random.default_rng(0)
-    lengths = np.minimum(generator.lognormal(3.0, 0.7, 20_000).astype(np.int64) + 2, capacity)
-    order = generator.permutation(len(lengths))
-    windows = pack(lengths, capacity, order)
-    assert sorted(np.concatenate(windows).tolist()) == list(range(len(lengths)))
-    assert max(lengths[window].sum() for window in windows) <= capacity
-    assert lengths.sum() / (len(windows) * capacity) > 0.95
-    again = pack(lengths, capacity, order)
-    assert all(np.array_equal(a, b) for a, b in zip(windows, again, strict=True))
-
-
-def test_an_example_longer_than_a_window_is_refused() -> None:
-    with pytest.raises(ValueError, match="12 tokens does not fit a sequence of 10"):
-        pack(np.array([3, 12]), 10, np.arange(2))
-
-
-def random_encoded(lengths: Sequence[int], seed: int = 0) -> Encoded:
-    generator = np.random.default_rng(seed)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = generator.integers(0, 256, offsets[-1], dtype=np.int32)
-    prompts = generator.integers(1, np.asarray(lengths)).astype(np.int32)
-    labels = tuple(map(str, range(len(lengths))))
-    return Encoded(tokens, offsets, prompts, labels, labels, labels)
-
-
-def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch() -> None:
-    encoded = random_encoded(np.random.default_rng(0).integers(2, 30, 300).tolist())
-    orders = {
-        key: [w.tolist() for w in epoch_sequences(encoded, 64, *key)] for key in ((0, 0), (0, 1), (1, 0))
-    }
-    assert [w.tolist() for w in epoch_sequences(encoded, 64, 0, 0)] == orders[0, 0]
-    assert len({json.dumps(order) for order in orders.values()}) == 3
-    for order in orders.values():
-        assert sorted(record for window in order for record in window) == list(range(300))
-        halves = [sum(map(len, half)) for half in (order[: len(order) // 2], order[len(order) // 2 :])]
-        assert max(halves) < 1.2 * min(halves)  # the emptier windows are not all at the end
-
-
-def test_a_batch_spelled_out() -> None:
-    encoded = Encoded(
-        tokens=np.array([10, 11, 12, 13, 20, 21, 30, 31, 32], dtype=np.int32),
-        offsets=np.array([0, 4, 6, 9]),
-        prompt_lengths=np.array([2, 1, 1], dtype=np.int32),
-        ids=("a", "b", "c"),
-        domains=("d",) * 3,
-        tasks=("t",) * 3,
-    )
-    batch = collate(encoded, [np.array([2, 1]), np.array([0])], 6)
-    assert batch.input_ids.tolist() == [[30, 31, 32, 20, 21, 0], [10, 11, 12, 13, 0, 0]]
-    assert batch.labels.tolist() == [[31, 32, -100, 21, -100, -100], [-100, 12, 13, -100, -100, -100]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0]]
-    assert batch.mask.tolist() == [[True] * 5 + [False], [True] * 4 + [False] * 2]
-    assert batch.targets.tolist() == [0, 1, 3, 7, 8]
-    assert batch.documents == ((0, 3), (3, 5), (6, 10))
-    assert batch.completion_lengths == (2, 1, 2)
-    assert batch.num_tokens == 9
-    assert batch.to("cpu").labels.equal(batch.labels)
-    with pytest.raises(ValueError, match="sequence 0 has 7 tokens, more than 6"):
-        collate(encoded, [np.array([0, 2])], 6)
-
-
-def test_labels_are_the_next_tokens_of_the_completion_and_nothing_else() -> None:
-    encoded = random_encoded([9, 4, 17, 2, 12, 6, 21, 3])
-    windows = epoch_sequences(encoded, 32, seed=0, epoch=0)
-    batch = collate(encoded, windows, 32)
-    ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
-    expected = torch.full_like(labels, -100)
-    records = [int(record) for window in windows for record in window]
-    for (start, end), record in zip(batch.documents, records, strict=True):
-        assert ids[start:end].tolist() == encoded.example(record).tolist()
-        for position in range(start + int(encoded.prompt_lengths[record]), end):
-            expected[position - 1] = ids[position]
-    assert torch.equal(labels, expected)
-    assert torch.equal(batch.targets, torch.nonzero(labels != -100).flatten())

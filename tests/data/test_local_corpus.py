@@ -1,4 +1,4 @@
-"""The local corpus against `ast`, `inspect`, and arithmetic done here from each question's own numbers."""
+"""The local corpus against `ast`, `inspect`, and arithmetic redone here from the numbers in each question."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def rows(corpus: tuple[Path, dict[str, Any]]) -> Rows:
 
 @pytest.fixture
 def small_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A standard library of single files alone: no packages, no reference topics."""
+    """A standard library of single files only: no packages, no reference topics."""
     library = tmp_path / "library"
     library.mkdir()
     for file in Path(sysconfig.get_paths()["stdlib"]).glob("*.py"):
         (library / file.name).symlink_to(file)
-    monkeypatch.setattr(local_corpus, "_library", lambda: library)
+    monkeypatch.setattr(local_corpus, "library_folder", lambda: library)
     return library
 
 
@@ -96,7 +96,7 @@ def test_splits_share_no_source(rows: Rows) -> None:
     assert all(len(found) == 1 for found in splits.values())
 
 
-def test_nothing_is_there_twice(rows: Rows) -> None:
+def test_no_prompt_and_no_completion_is_repeated(rows: Rows) -> None:
     prompts = Counter(row["prompt"] for some in rows.values() for row in some)
     completions = Counter(" ".join(row["completion"].split()) for row in of(rows, "code") + of(rows, "text"))
     assert max(prompts.values()) == 1
@@ -110,7 +110,7 @@ def test_another_process_hash_seed_and_locale_write_the_same_bytes(
         "import sys, json; from pathlib import Path; from raymoe.data import local_corpus as c;"
         "print(json.dumps([c.write(Path(sys.argv[1])), c.identity()]))"
     )
-    root = Path(local_corpus.__file__).parents[2]
+    root = Path(local_corpus.__file__).parents[3]
     environment = {
         **os.environ,
         "PYTHONHASHSEED": "7",
@@ -140,15 +140,17 @@ def test_a_stripped_library_is_enough(small_library: Path, tmp_path: Path) -> No
     assert not {row["source"].split(".")[0] for row in of(rows, "code")} & {"email", "asyncio", "unittest"}
 
 
-def test_without_library_sources_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_corpus, "_library", lambda: tmp_path)
+def test_a_library_without_sources_is_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_corpus, "library_folder", lambda: tmp_path)
     with pytest.raises(
         InputError, match=r"^data\.train: no local corpus: .* lacks the standard library's sources$"
     ):
         local_corpus.write(tmp_path)
 
 
-def test_every_record_fits_into_480_tokens(
+def test_every_row_fits_into_480_tokens(
     corpus: tuple[Path, dict[str, Any]], rows: Rows, tmp_path: Path
 ) -> None:
     shape = LocalModel(hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2)
@@ -166,7 +168,7 @@ def test_every_record_fits_into_480_tokens(
 
 
 def function_of(row: dict[str, str]) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    """The function that prompt and completion together make."""
+    """Return the function that prompt and completion together make."""
     text = row["completion"]
     if row["task"] != "write_function":
         text = row["prompt"].split("\n\n", 1)[1] + "\n" + text
@@ -176,12 +178,12 @@ def function_of(row: dict[str, str]) -> ast.FunctionDef | ast.AsyncFunctionDef:
 
 
 def code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """What a function does, in a form without docstring, comments, layout and decorators."""
+    """Normalise a function: no docstring, comments, layout or decorators."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return f"{function.name}({ast.unparse(function.args)})\n" + "\n".join(map(ast.unparse, body))
 
 
-def test_code_records_are_functions(rows: Rows) -> None:
+def test_code_rows_are_functions(rows: Rows) -> None:
     for row in of(rows, "code"):
         function = function_of(row)
         assert row["prompt"].split("`")[1].split(".")[-1] == function.name
@@ -190,7 +192,7 @@ def test_code_records_are_functions(rows: Rows) -> None:
         assert len(function.body) > documented
 
 
-def test_code_is_the_librarys_own(rows: Rows) -> None:
+def test_code_is_taken_from_the_library(rows: Rows) -> None:
     modules = {"argparse", "textwrap", "fractions", "shutil", "statistics", "zipfile", "configparser", "ast"}
     library = {
         name: {
@@ -246,7 +248,7 @@ def test_text_is_prose(rows: Rows) -> None:
 
 
 def evaluate(node: ast.expr) -> Fraction:
-    """The value of an arithmetic expression, exactly."""
+    """Evaluate an arithmetic expression exactly."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int):
         return Fraction(node.value)
     assert isinstance(node, ast.BinOp)
@@ -281,7 +283,7 @@ def test_every_equation_holds_and_leads_to_the_answer(rows: Rows) -> None:
 
 
 def signed(text: str) -> Fraction:
-    """Like `value`, where the first number may be negative."""
+    """Evaluate like `value`, allowing a negative first number."""
     return value(f"0 {'-' if text.startswith('-') else '+'} {text.lstrip('-')}")
 
 
@@ -329,7 +331,7 @@ def answer(row: dict[str, str]) -> object:
     return ANSWERS[row["task"]](*numbers)
 
 
-def test_every_answer_is_that_of_its_question(rows: Rows) -> None:
+def test_every_answer_answers_its_question(rows: Rows) -> None:
     for row in of(rows, "math"):
         said = row["completion"].rsplit("#### ", 1)[1]
         assert Fraction(said) == answer(row), row

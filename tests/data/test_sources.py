@@ -1,4 +1,4 @@
-"""Reading: shapes of rows, splits, mixtures, and the hub, for which a server on this machine stands in."""
+"""Reading: shapes of rows, splits, mixtures, and the hub (a server on this machine)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ import pytest
 
 from raymoe.cli.options import parse_overrides
 from raymoe.config import Data, RunFile, Source, load, validate
-from raymoe.data.sources import Instruction, read
+from raymoe.data.columns import Instruction
+from raymoe.data.sources import read
 from raymoe.schema import InputError
 from raymoe.stages import instructions as instructions_stage
 
@@ -41,7 +42,7 @@ def numbered(count: int, first: int = 0, **more: str) -> list[dict[str, str]]:
 
 
 def other(folder: Path) -> str:
-    """Held-out data that have no prompt of the tests' rows."""
+    """Return held-out data that share no prompt with the tests' rows."""
     (folder / "other").mkdir(exist_ok=True)
     return str(write_jsonl(folder / "other" / "held_out.jsonl", numbered(1, first=10**6)))
 
@@ -152,8 +153,8 @@ def test_shapes_of_a_row(
         ("[1, 2]", "expected an object with keys, found list"),
         ("[" * 200_000, "nested too deeply"),
         ('{"n": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
-        (HALF, "not Unicode: half of a surrogate pair"),
-        (HALF.replace("prompt", "a\\ud800"), "not Unicode: half of a surrogate pair"),
+        (HALF, "not valid Unicode: half of a surrogate pair"),
+        (HALF.replace("prompt", "a\\ud800"), "not valid Unicode: half of a surrogate pair"),
         (
             {"text": "x"},
             "no known columns among text: expected messages, conversations, prompt and completion",
@@ -175,9 +176,9 @@ def test_shapes_of_a_row(
             {"conversations": [{"from": "tool", "value": "x"}]},
             "conversations.from is 'tool': expected one of",
         ),
-        ({"conversations": [{"from": "gpt", "text": "x"}]}, "conversations holds something that has no from"),
+        ({"conversations": [{"from": "gpt", "text": "x"}]}, "conversations holds a turn without from"),
         ({"messages": []}, "messages is list"),
-        ({"messages": [{"role": "user"}]}, "messages holds something that has no role and content"),
+        ({"messages": [{"role": "user"}]}, "messages holds a turn without role and content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "empty prompt"),
     ],
@@ -201,7 +202,7 @@ def test_a_row_that_is_not_utf8_is_bad(tmp_path: Path, text: bytes) -> None:
         read(Data(train=str(tmp_path)), "train", None, seed=0)
 
 
-def test_whole_surrogate_pairs_and_a_byte_order_mark_are_text(tmp_path: Path) -> None:
+def test_complete_surrogate_pairs_and_a_byte_order_mark_are_text(tmp_path: Path) -> None:
     rows = ["\ufeff" + json.dumps({"prompt": "a \U0001f600", "completion": "b"}), *numbered(1)]
     file = write_jsonl(tmp_path / "data.jsonl", rows)
     assert "\\ud83d" in file.read_text()
@@ -236,9 +237,7 @@ NAMED = Source(name="x", prompt="ask", completion="say", system="style", domain=
         ({"ask": 4, "say": "4", "style": ""}, "ask is int, not text or a list of messages"),
     ],
 )
-def test_columns_and_labels_that_a_source_names_win(
-    tmp_path: Path, row: dict[str, Any], expected: Any
-) -> None:
+def test_columns_and_labels_named_by_a_source_win(tmp_path: Path, row: dict[str, Any], expected: Any) -> None:
     file = write_jsonl(tmp_path / "data.jsonl", [row])
     source = NAMED.model_copy(update={"name": str(file)})
     data = Data(train=[source], validation=other(tmp_path))
@@ -271,7 +270,7 @@ def test_empty_or_incomplete_sources_are_errors(tmp_path: Path, files: dict[str,
 
 
 @pytest.mark.parametrize("name", ["./nothing.jsonl", "/no/such/folder", "nothing.parquet"])
-def test_a_path_that_is_not_there_is_no_hub_id(name: str) -> None:
+def test_a_missing_path_is_not_taken_for_a_hub_id(name: str) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read(Data(train=name), "train", None, seed=0)
 
@@ -337,11 +336,11 @@ def test_nothing_left_to_train_on_is_an_error_of_one_line(tmp_path: Path) -> Non
     with pytest.raises(InputError) as error:
         read(Data(train=str(file), validation=str(file)), "train", None, seed=0)
     assert str(error.value) == (
-        f"data.train: {file}: every prompt is held out too, which leaves none to train on"
+        f"data.train: {file}: every prompt is also held out, which leaves none to train on"
     )
 
 
-def test_every_domain_is_measured_or_named(tmp_path: Path) -> None:
+def test_a_domain_that_can_not_be_held_out_is_named(tmp_path: Path) -> None:
     rows = [*numbered(100, domain="many"), *numbered(2, first=200, domain="two")]
     file = write_jsonl(tmp_path / "data.jsonl", [*rows, *numbered(1, first=300, domain="one")])
     data = Data(train=str(file), validation_fraction=0.01)
@@ -472,13 +471,13 @@ def test_lists_come_from_yaml_and_the_command_line(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_wrong_sources_are_named_in_one_line(train: Any, message: str) -> None:
+def test_wrong_sources_are_errors_of_one_line(train: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
         load(RunFile, None, {"data.train": train})
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
-def test_a_stage_is_named_by_what_its_sources_hold(tmp_path: Path, pico: Path) -> None:
+def test_a_stage_key_depends_on_the_content_of_its_sources(tmp_path: Path, pico: Path) -> None:
     files = [write_jsonl(tmp_path / f"{name}.jsonl", numbered(5)) for name in "ab"]
 
     def key(*names: Any, **changes: Any) -> str:
@@ -502,7 +501,7 @@ def test_a_stage_is_named_by_what_its_sources_hold(tmp_path: Path, pico: Path) -
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Counts requests; knows no data set, or answers with an error of its own."""
+    """Count requests; answer each with an error."""
 
     requests: list[str]
     status: int
@@ -523,7 +522,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
-    """Address of a hub that answers (status, headers), and the requests that it has got."""
+    """Serve a hub that answers (status, headers); yields its address and the requests it got."""
     status, headers = request.param
     handler = type("Hub", (Hub,), {"requests": [], "status": status, "headers_sent": headers})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -535,7 +534,7 @@ def hub(request: pytest.FixtureRequest) -> Iterator[tuple[str, list[str]]]:
 def read_elsewhere(
     home: Path, endpoint: str, source: dict[str, Any]
 ) -> tuple[str, list[list[Any]], list[Any]]:
-    """Error, examples and lineage of reading `source` in a process whose hub is `endpoint`."""
+    """Read `source` in a process whose hub is `endpoint`: error, instructions and lineage."""
     program = (
         "import json, sys\n"
         "from raymoe.config import Data, InputError, Source\n"
@@ -561,22 +560,22 @@ def read_elsewhere(
         ((503, {}), "can't be reached (Server error '503"),
         ((404, {"X-Error-Code": "RepoNotFound"}), "has no such data set (or a private one"),
         ((404, {"X-Error-Code": "RevisionNotFound"}), "has no revision 'v1' of it"),
-        ((403, {"X-Error-Code": "GatedRepo"}), "gives it only to whom access was granted"),
+        ((403, {"X-Error-Code": "GatedRepo"}), "has it gated: request access"),
     ],
     indirect=["hub"],
 )
-def test_a_hub_that_does_not_give_a_data_set_is_asked_once(
+def test_a_hub_that_does_not_serve_a_data_set_is_asked_once(
     tmp_path: Path, hub: tuple[str, list[str]], reason: str
 ) -> None:
     address, requests = hub
     error, _, _ = read_elsewhere(tmp_path, address, {"name": "nobody/nothing", "revision": "v1"})
-    assert error.startswith(f"data.train: 'nobody/nothing' is no file, and the Hugging Face Hub {reason}")
+    assert error.startswith(f"data.train: 'nobody/nothing' is not a file, and the Hugging Face Hub {reason}")
     asked = [path for path in requests if "nobody" in path]
     assert "\n" not in error and asked == ["/api/datasets/nobody/nothing/revision/v1"]
 
 
 def cache_dataset(home: Path, name: str, commit: str, splits: dict[str, list[Any]]) -> None:
-    """Put a data set into the cache as loading it from the hub leaves it there."""
+    """Put a data set into the cache the way loading it from the hub does."""
     namespace, short = name.split("/")
     folder = home / "datasets" / f"{namespace}___{short}" / "default" / "0.0.0" / commit
     folder.mkdir(parents=True)
@@ -595,7 +594,7 @@ def cache_dataset(home: Path, name: str, commit: str, splits: dict[str, list[Any
     info.write_to_directory(str(folder))
 
 
-def test_an_unreachable_hub_leaves_the_cache_of_the_same_revision(tmp_path: Path) -> None:
+def test_with_an_unreachable_hub_only_a_cached_copy_of_the_revision_is_used(tmp_path: Path) -> None:
     splits = {"train": numbered(40), "test": numbered(5, first=900), "extra": numbered(1)}
     cache_dataset(tmp_path, "org/sums", "c0ffee0", splits)
     refused = "http://127.0.0.1:9"
@@ -609,7 +608,7 @@ def test_an_unreachable_hub_leaves_the_cache_of_the_same_revision(tmp_path: Path
     assert error == "" and len(set(numbers)) == 4
     assert all(text == f"question {n - 1}" for n, (_, _, text) in zip(numbers, examples, strict=True))
     error, _, _ = read_elsewhere(tmp_path, refused, {"name": "org/sums", "revision": "v2"})
-    assert "can't be reached" in error and error.endswith("is of commit c0ffee0, not known to be revision v2")
+    assert "can't be reached" in error and error.endswith("is commit c0ffee0, which may not be revision v2")
 
 
 def test_a_source_names_the_column_of_its_tasks(tmp_path: Path) -> None:

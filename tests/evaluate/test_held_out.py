@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from raymoe.config import Data, Evaluation, Run
-from raymoe.data.instructions import Encoded, encode, read
+from raymoe.data.instructions import Encoded, encode
 from raymoe.data.packing import Batch
+from raymoe.data.sources import read
 from raymoe.evaluate import held_out as evaluate
 from raymoe.evaluate.answers import final_answer, same_answer
 from raymoe.evaluate.folder import check_tokenizer, evaluate_folder

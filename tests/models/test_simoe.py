@@ -16,19 +16,13 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from raymoe.methods import SparseInterpolation
-from raymoe.models.packed_attention import PACKED_ATTENTION
-from raymoe.models.simoe import (
-    Form,
+from raymoe.models.gates import (
     GateLayout,
     Gates,
-    Interpolated,
     PromptRouter,
-    chosen_form,
     evaluated_gates,
     expected_sparsity,
     gate_layout,
-    interpolate,
-    kept_share,
     live_columns,
     open_probability,
     orthogonality,
@@ -36,6 +30,9 @@ from raymoe.models.simoe import (
     sampled_gates,
     sparsity,
 )
+from raymoe.models.interpolated import Form, kept_share
+from raymoe.models.packed_attention import PACKED_ATTENTION
+from raymoe.models.simoe import Interpolated, chosen_form, interpolate
 from raymoe.schema import InputError
 
 FORMS: tuple[Form, ...] = ("factored", "merged")
@@ -380,7 +377,7 @@ def _kept(effect: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("ratio", [1e-2, 1e-3, 1e-4])
 def test_factored_keeps_in_bfloat16_what_merging_loses(ratio: float) -> None:
     """Of outputs and of gradients of inputs, at a delta of `ratio` times the weights."""
-    from raymoe.models.simoe import _Factored, _Merged
+    from raymoe.models.interpolated import _Factored, _Merged
 
     random = seeded(0)
     weight = torch.randn(256, 256, generator=random).bfloat16()

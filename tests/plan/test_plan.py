@@ -17,8 +17,9 @@ from raymoe.analysis.size import count, on_meta
 from raymoe.cli.main import main
 from raymoe.config import RunFile
 from raymoe.methods import Experts, SparseInterpolation
+from raymoe.models.gates import Gates, PromptRouter
 from raymoe.models.moe import upcycle_model
-from raymoe.models.simoe import Gates, PromptRouter, interpolate
+from raymoe.models.simoe import interpolate
 from raymoe.plan.cost import CLUSTER_INSTANCE, INSTANCES, PlanOptions, model_config, parsed, plan, plan_sweep
 from raymoe.plan.memory import activations, recommended
 from raymoe.schema import InputError

@@ -32,11 +32,11 @@ def encoded() -> Encoded:
 
 
 def plain_nll(folder: Path, encoded: Encoded) -> list[float]:
-    """Sum of completion losses of each example, from transformers alone, without packing."""
+    """Return each example's summed completion loss, from transformers alone, without packing."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     sums = []
-    for record, prompt in enumerate(encoded.prompt_lengths.tolist()):
-        ids = torch.from_numpy(encoded.example(record)).long()
+    for example, prompt in enumerate(encoded.prompt_lengths.tolist()):
+        ids = torch.from_numpy(encoded.example(example)).long()
         with torch.no_grad():
             logits = model(ids[None]).logits[0]
         sums.append(F.cross_entropy(logits[prompt - 1 : -1], ids[prompt:], reduction="sum").item())
@@ -58,7 +58,7 @@ def test_scores_equal_a_plain_forward_whatever_the_batch(
     np.testing.assert_allclose(sums, plain_nll(dense_models[family], encoded), atol=1e-4, rtol=0)
 
 
-def test_packs_cover_all_in_order_within_the_budget() -> None:
+def test_packs_cover_all_examples_in_order_within_the_budget() -> None:
     lengths = np.array([5, 5, 5, 30, 1, 9, 10, 3])
     packs = consecutive_packs(lengths, 10)
     assert packs == [(0, 2), (2, 3), (3, 4), (4, 6), (6, 7), (7, 8)]
@@ -77,7 +77,7 @@ def test_the_top_fraction_of_each_task_is_selected_and_at_least_one() -> None:
 
 
 @pytest.mark.slow
-def test_the_actors_write_every_score_sorted(
+def test_the_actors_write_every_score_in_order(
     local_ray: None, pico: Path, encoded: Encoded, tmp_path: Path
 ) -> None:
     encoded.save(tmp_path / "encoded")

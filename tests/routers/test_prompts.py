@@ -26,7 +26,7 @@ Prompts = list[NDArray[np.int32]]
 
 
 def random_encoded(lengths: Sequence[int], seed: int) -> Encoded:
-    """Examples of random tokens, each with at least one token of prompt and one of completion."""
+    """Make examples of random tokens, each with at least one prompt and one completion token."""
     generator = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = generator.integers(0, 256, offsets[-1], dtype=np.int32)
@@ -35,7 +35,7 @@ def random_encoded(lengths: Sequence[int], seed: int) -> Encoded:
 
 
 def prompts_of(encoded: Encoded) -> Prompts:
-    return [encoded.prompt(record) for record in range(len(encoded))]
+    return [encoded.prompt(index) for index in range(len(encoded))]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def encoded() -> Encoded:
 
 
 def expected(folder: Path, prompts: Prompts, kind: Kind, attention: str = "eager") -> Tensor:
-    """[n, D] without packing: the mean of the last of all hidden states, or of rows of the embedding table."""
+    """Return [n, D] without packing: the mean of the last hidden state, or of embedding table rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     means = []
     for prompt in prompts:
@@ -92,7 +92,9 @@ def test_a_model_without_packed_attention_gives_the_same(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_order_nor_neighbours_have_a_part_in_a_row(pico: Path, encoded: Encoded, kind: Kind) -> None:
+def test_a_representation_depends_on_neither_order_nor_neighbours(
+    pico: Path, encoded: Encoded, kind: Kind
+) -> None:
     model, prompts = load_model(pico, "float32"), prompts_of(encoded)
     rows = represent(model, prompts, kind)
     order = np.random.default_rng(1).permutation(len(prompts)).tolist()
@@ -111,7 +113,7 @@ def test_the_mean_of_a_bfloat16_model_is_taken_in_float32(pico: Path) -> None:
     torch.testing.assert_close(actual.double(), wanted, atol=1e-7, rtol=0)
 
 
-def test_no_prompts_are_no_rows_and_an_empty_one_is_refused(pico: Path) -> None:
+def test_no_prompts_give_no_representations_and_an_empty_one_is_refused(pico: Path) -> None:
     model, empty = load_model(pico, "float32"), np.zeros(0, dtype=np.int32)
     assert represent(model, [], "last_hidden").shape == (0, 32)
     with pytest.raises(InputError, match="prompt 1 has no tokens"):

@@ -1,5 +1,5 @@
-"""Folders and S3: the store, leases and metric logs on both, with processes that really die and disks that really
-refuse; and a sweep whose processes share nothing but a bucket."""
+"""The store, leases and metric logs on folders and on S3, with processes that really die and disks that really
+refuse; and a sweep whose processes share only a bucket."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def s3(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
-    """An address that nobody used before."""
+    """Return an unused address."""
     monkeypatch.setenv("RAYMOE_CACHE", str(tmp_path / "cache"))
     found = location(f"s3://{BUCKET}/{uuid.uuid4().hex[:8]}")
     assert isinstance(found, Remote)
@@ -64,7 +64,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 
 def client(server: Server) -> Any:
-    """pyarrow's own, past raymoe and past the door."""
+    """Return pyarrow's own file system, past raymoe and past the door."""
     return pyarrow.fs.S3FileSystem(
         access_key="somebody",
         secret_key="something",
@@ -75,7 +75,7 @@ def client(server: Server) -> Any:
 
 
 def objects(server: Server, where: Remote) -> dict[str, bytes]:
-    """All objects below `where`, by their path from there."""
+    """Return all objects below `where`, by relative path."""
     selector = pyarrow.fs.FileSelector(where.path, allow_not_found=True, recursive=True)
     fs = client(server)
     files = [info for info in fs.get_file_info(selector) if info.is_file]
@@ -145,9 +145,7 @@ class TestStages:
         output = Store(str(s3)).make("stage", IDENTITY, build)
         assert {name.split("/")[1] for name in objects(server, s3)} == {MARKER, output.location.name}
 
-    def test_processes_that_make_the_same_stage_share_one_output(
-        self, root: Location, server: Server
-    ) -> None:
+    def test_processes_making_the_same_stage_share_one_output(self, root: Location, server: Server) -> None:
         processes = [builder(root, name) for name in ("one", "two", "three")]  # all build at this moment
         go(processes)
         results = [process.communicate(timeout=60)[0].split() for process in processes]
@@ -231,14 +229,14 @@ class TestCopies:
         assert local(s3 / "masks.json").name == "masks.json"
         assert local(s3 / "masks.json").read_text() == "{}"
 
-    def test_what_is_not_there(self, s3: Remote) -> None:
+    def test_a_missing_object(self, s3: Remote) -> None:
         with pytest.raises(FileNotFoundError, match="not there"):
             local(s3 / "nothing")
         assert not (s3 / "nothing").exists() and (s3 / "nothing").glob("*") == []
         (s3 / "nothing").unlink(missing_ok=True)
         storage.delete(s3 / "nothing")
 
-    def test_a_folder_is_used_as_it_is(self, tmp_path: Path) -> None:
+    def test_a_folder_is_used_in_place(self, tmp_path: Path) -> None:
         assert local(tmp_path) is tmp_path
         with writing(tmp_path / "new") as folder:
             assert folder == tmp_path / "new"
@@ -261,7 +259,7 @@ class TestAddresses:
         where.write_bytes(b"here")
         assert objects(server, s3) == {"x": b"here"}
 
-    def test_a_filesystem_that_is_sent_to_another_process_stays_patient(self, s3: Remote) -> None:
+    def test_a_filesystem_keeps_retrying_in_another_process(self, s3: Remote) -> None:
         import pickle
 
         there = pickle.loads(pickle.dumps(s3.filesystem))
@@ -271,12 +269,14 @@ class TestAddresses:
         ("root", "expected"),
         [
             ("abfs://x/y", "expected a folder, s3://bucket/prefix, gs://bucket/prefix"),
-            ("s3://key:secret@bucket/y", "credentials belong into the environment"),
+            ("s3://key:secret@bucket/y", "credentials belong in the environment"),
             ("s3://no-such-bucket/y", "there is no bucket 'no-such-bucket'"),
             (f"s3://{BUCKET}/y?colour=blue", "Unexpected query parameter"),
         ],
     )
-    def test_what_can_not_be_used_is_told_in_one_line(self, server: Server, root: str, expected: str) -> None:
+    def test_an_unusable_address_is_an_error_of_one_line(
+        self, server: Server, root: str, expected: str
+    ) -> None:
         with pytest.raises(InputError, match=r"^execution\.storage: ") as caught:
             Store(root)
         assert expected in str(caught.value) and "\n" not in str(caught.value)
@@ -290,7 +290,7 @@ class TestAddresses:
 
 
 class TestWriteErrors:
-    def test_a_server_that_is_away_for_seconds_is_waited_for(self, server: Server, s3: Remote) -> None:
+    def test_a_server_that_is_down_for_seconds_is_waited_for(self, server: Server, s3: Remote) -> None:
         server.door.shut()
         back = threading.Timer(3, server.door.open)
         back.start()
@@ -298,7 +298,7 @@ class TestWriteErrors:
         back.join()
         assert (output.fetch() / "data.txt").read_text() == "42"
 
-    def test_a_server_that_stays_away_leaves_nothing_that_looks_finished(
+    def test_a_server_that_stays_down_leaves_nothing_that_looks_finished(
         self, server: Server, s3: Remote, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(storage, "ATTEMPTS", 2)
@@ -346,14 +346,14 @@ class TestWriteErrors:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert os.listdir(tmp_path) == []
 
-    def test_a_copy_that_does_not_fit_is_no_copy(self, s3: Remote) -> None:
+    def test_a_copy_that_does_not_fit_is_not_kept(self, s3: Remote) -> None:
         with writing(s3 / "model") as folder:
             (folder / "weights.bin").write_bytes(os.urandom(2**20))
         with limited_files(4096), pytest.raises(StorageError):
             local(s3 / "model")
         assert (local(s3 / "model") / "weights.bin").stat().st_size == 2**20
 
-    def test_a_list_of_checkpoints_that_was_cut_off_goes_back_to_the_one_before(self, tmp_path: Path) -> None:
+    def test_a_truncated_list_of_checkpoints_falls_back_to_the_one_before(self, tmp_path: Path) -> None:
         from raymoe.cluster.ray_internals import checkpoint_list_name
         from raymoe.train.launch import keep_snapshot, mend_snapshot
 
@@ -370,7 +370,7 @@ class TestWriteErrors:
 
 
 class limited_files:  # noqa: N801
-    """Within the block no file can become larger: what a quota does."""
+    """Let no file grow larger within the block, as a quota would."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -383,7 +383,7 @@ class limited_files:  # noqa: N801
 
 
 class TestMetricLog:
-    def test_rows_are_there_when_it_is_flushed_and_resumed(self, root: Location) -> None:
+    def test_rows_are_there_after_flushing_and_resuming(self, root: Location) -> None:
         log = MetricLog(root / "metrics.jsonl")
         for step in range(1, 6):
             log.append(step, {"train/loss": 1.0 / step})
@@ -399,7 +399,7 @@ class TestMetricLog:
         assert [row["step"] for row in read_rows(root / "metrics.jsonl")] == [1, 2, 3, 4]
         assert read_rows(root / "other.jsonl") == []
 
-    def test_an_object_is_not_written_for_every_row(self, server: Server, s3: Remote) -> None:
+    def test_not_every_row_writes_an_object(self, server: Server, s3: Remote) -> None:
         log = MetricLog(s3 / "metrics.jsonl")
         for step in range(200):
             log.append(step, {"train/loss": 1.0})
@@ -408,7 +408,7 @@ class TestMetricLog:
         assert server.requests("PUT", f"{s3.name}/metrics.jsonl") <= 4
         assert len(read_rows(s3 / "metrics.jsonl")) == 200
 
-    def test_a_server_that_is_away_does_not_end_training(
+    def test_a_server_that_is_down_does_not_end_training(
         self, server: Server, s3: Remote, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(storage, "ATTEMPTS", 1)
@@ -456,7 +456,7 @@ class TestLease:
         assert line(first).startswith("mine")
         assert lease.holder(root) == f"process {first.pid} on {os.uname().nodename}"
         second = leaser(root)
-        assert re.fullmatch(rf"waits: process {first.pid} on .* is training it", line(second))
+        assert re.fullmatch(rf"waiting: process {first.pid} on .* is training it", line(second))
         go([first])
         assert line(first) == "over"
         assert line(second).startswith("mine")
@@ -464,7 +464,7 @@ class TestLease:
         assert (first.wait(20), second.wait(20)) == (0, 0)
         assert lease.holder(root) is None and not (root / lease.FILE).exists()
 
-    def test_who_waits_is_told_when_there_is_nothing_left_to_do(self, root: Location) -> None:
+    def test_a_waiter_stops_when_nothing_is_left_to_do(self, root: Location) -> None:
         first = leaser(root)
         line(first)
         said: list[str] = []
@@ -487,7 +487,7 @@ class TestLease:
             assert mine and lease.is_held_by(root, mine)
         assert said == []
 
-    def test_a_lease_of_another_machine_is_taken_when_it_is_stale(
+    def test_a_stale_lease_of_another_machine_is_taken(
         self, root: Location, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         other = {"id": "x", "host": "elsewhere/1", "pid": 1, "started": "1", "time": time.time()}
@@ -498,10 +498,10 @@ class TestLease:
         with lease.held(root, lambda: False, said.append) as mine:
             assert time.monotonic() - started > 1.5
             assert mine and not lease.is_held_by(root, "x")
-        assert said == ["waits: process 1 on elsewhere is training it"]
+        assert said == ["waiting: process 1 on elsewhere is training it"]
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}"])
-    def test_a_damaged_lease_is_nobodys(self, tmp_path: Path, content: bytes) -> None:
+    def test_a_damaged_lease_has_no_holder(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / lease.FILE).write_bytes(content)
         with lease.held(tmp_path, lambda: False, print) as mine:
             assert mine
@@ -509,7 +509,7 @@ class TestLease:
     def test_of_several_at_once_one_holds_it(self, root: Location) -> None:
         processes = [leaser(root, 1.5) for _ in range(3)]
         first = [line(process).split()[0] for process in processes]
-        assert sorted(first) == ["mine", "waits:", "waits:"]
+        assert sorted(first) == ["mine", "waiting:", "waiting:"]
         for process in processes:
             process.kill()
             process.wait()
@@ -550,7 +550,7 @@ def test_two_sweeps_train_the_same_run_once(root: Location) -> None:
     first = python(TRAINER, str(root))
     assert line(first).endswith(": started") and line(first).startswith("trains ")
     second = python(TRAINER, str(root))
-    assert f": waits: process {first.pid} on " in line(second)
+    assert f": waiting: process {first.pid} on " in line(second)
     go([first])
     rest = [process.communicate(timeout=60)[0].splitlines() for process in (first, second)]
     assert rest[0][-1] == "has weights" and rest[1] == ["has weights"]  # the second has trained nothing
@@ -565,10 +565,10 @@ STEPS = 20
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_processes_share_a_bucket_alone(
+def test_a_sweep_whose_processes_share_only_a_bucket(
     server: Server, s3: Remote, tmp_path: Path, pico: Path, data_folder: Path
 ) -> None:
-    """Its disk refuses a checkpoint, then it is killed; the same command goes on from what is in the bucket."""
+    """The disk refuses a checkpoint, then the sweep is killed; the same command resumes from the bucket."""
 
     def caches(name: str) -> dict[str, str]:
         return {"RAYMOE_CACHE": str(tmp_path / "caches" / name)}
@@ -631,7 +631,7 @@ def settings(pico: Path, data: Path) -> list[str]:
 
 
 def reached(s3: Remote) -> int:
-    """The last step in the bucket."""
+    """Return the last step in the bucket."""
     logs = [folder / "metrics.jsonl" for folder in (s3 / "checkpoints").glob("train-*")]
     return max((row["step"] for log in logs for row in read_rows(log)), default=0)
 
@@ -646,7 +646,7 @@ def wait_for(process: subprocess.Popen[str], ready: Any) -> None:
 
 
 def check_result(row: Mapping[str, Any], killed: float) -> None:
-    """Every step once, the first ones from before the kill; a model that loads."""
+    """Check that every step is there once, the first ones from before the kill, and that the model loads."""
     model = location(row["model"])
     assert isinstance(model, Remote) and model.name == "model"
     written = read_rows(model.parent / "metrics.jsonl")

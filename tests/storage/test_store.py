@@ -1,3 +1,5 @@
+"""The store on a disk: outputs made once and whole, whoever dies or races meanwhile."""
+
 from __future__ import annotations
 
 import hashlib
@@ -16,7 +18,7 @@ from raymoe.storage.store import MARKER, Store, digest
 
 IDENTITY = {"seed": 1, "model": {"name": "m", "sizes": [1, 2]}}
 
-# A stage in a process of its own: says that it builds, then waits until the file `go` is there.
+# A stage built in another process: prints that it builds, then waits for the file `go`.
 BUILDER = """
 import sys, time
 from pathlib import Path
@@ -59,7 +61,7 @@ def forbidden(folder: Path) -> Mapping[str, Any]:
     raise AssertionError("built a second time")
 
 
-def test_makes_a_folder_that_says_what_made_it(tmp_path: Path) -> None:
+def test_a_stage_is_a_folder_with_its_identity(tmp_path: Path) -> None:
     store = Store(tmp_path / "deep" / "root")
     assert store.find("stage", IDENTITY) is None
     output = store.make("stage", IDENTITY, build)
@@ -86,7 +88,7 @@ def test_another_identity_or_name_is_another_output(tmp_path: Path) -> None:
     assert store.find("other", IDENTITY) is None
 
 
-def test_digest_is_that_of_the_value_not_of_its_order() -> None:
+def test_the_digest_does_not_depend_on_key_order() -> None:
     shuffled = {"model": {"sizes": [1, 2], "name": "m"}, "seed": 1}
     assert list(shuffled) != list(IDENTITY)
     assert digest(shuffled) == digest(IDENTITY)
@@ -108,7 +110,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_info_that_is_no_json_is_a_failed_build(tmp_path: Path) -> None:
+def test_info_that_is_not_json_is_a_failed_build(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         Store(tmp_path).make("stage", IDENTITY, lambda folder: {"rows": object()})
     assert os.listdir(tmp_path) == []
@@ -125,7 +127,7 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path: Path) -> No
     assert visible(tmp_path) == [store.path("stage", {"a": 1}).name]
 
 
-def test_two_processes_that_make_the_same_stage_share_one_output(tmp_path: Path) -> None:
+def test_two_processes_making_the_same_stage_share_one_output(tmp_path: Path) -> None:
     processes = [builder(tmp_path, name) for name in ("one", "two")]  # both build at this moment
     (tmp_path / "go").touch()
     results = [process.communicate(timeout=60)[0].split() for process in processes]
@@ -135,7 +137,7 @@ def test_two_processes_that_make_the_same_stage_share_one_output(tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["go", Store(tmp_path).path("stage", {"a": 1}).name]
 
 
-def test_a_folder_without_a_marker_is_no_output(tmp_path: Path) -> None:
+def test_a_folder_without_a_marker_is_not_an_output(tmp_path: Path) -> None:
     store = Store(tmp_path)
     folder = store.path("stage", IDENTITY)
     folder.mkdir()
@@ -147,7 +149,7 @@ def test_a_folder_without_a_marker_is_no_output(tmp_path: Path) -> None:
     assert not (folder / MARKER).exists()
 
 
-def test_a_root_that_can_not_be_written_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_root_that_can_not_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match=r"execution\.storage: can't write to .*file.*: ") as caught:
@@ -166,7 +168,7 @@ def test_the_address_of_a_folder_is_that_folder(tmp_path: Path) -> None:
     assert Store(f"file://{tmp_path}").root == tmp_path
 
 
-def test_a_writable_root_is_made_and_left_empty(tmp_path: Path) -> None:
+def test_a_writable_root_is_created_and_left_empty(tmp_path: Path) -> None:
     Store(tmp_path / "new").check_writable()
     assert os.listdir(tmp_path / "new") == []
 
@@ -182,7 +184,7 @@ def test_the_root_may_be_below_home_and_does_not_move(
     assert store.root == tmp_path / "here"
 
 
-def test_what_a_killed_process_left_is_removed_when_the_stage_is_made(tmp_path: Path) -> None:
+def test_left_overs_of_a_killed_process_are_removed_when_the_stage_is_made(tmp_path: Path) -> None:
     store = Store(tmp_path)
     script = (
         "import os, sys; from raymoe.storage.store import Store;"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from raymoe.config import Run
 from raymoe.data.instructions import Encoded, prepare
 from raymoe.methods import SparseInterpolation
-from raymoe.models.simoe import Gates, PromptRouter, gate_layout
+from raymoe.models.gates import Gates, PromptRouter, gate_layout
 from raymoe.train.masks import MaskTrainer
 from raymoe.train.order import Order, learning_rate
 from raymoe.train.spec import WorkerSpec

@@ -16,12 +16,13 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from raymoe.config import Data
+from raymoe.data.columns import Instruction
 from raymoe.data.instructions import encode
-from raymoe.data.sources import Instruction
 from raymoe.methods import SparseInterpolation
+from raymoe.models.gates import PromptRouter, live_columns
 from raymoe.models.generate import generate
 from raymoe.models.packed_attention import PACKED_ATTENTION
-from raymoe.models.simoe import Interpolated, PromptRouter, interpolate, live_columns
+from raymoe.models.simoe import Interpolated, interpolate
 from raymoe.schema import InputError
 from raymoe.upcycle.simoe import (
     Masks,
