@@ -96,7 +96,7 @@ def activations(
     tokens: int,
     checkpointing: bool = False,
 ) -> Activations:
-    """Estimate those of a micro batch of `tokens` tokens of the dense `model`, on any device, under `method`."""
+    """Return those of one micro batch of `tokens` tokens of the dense `model` (on any device) under `method`."""
     c, b = model.config, WEIGHT_BYTES[precision]
     layer = tokens * _layer_bytes(model, method, b)
     kept = c.num_hidden_layers * (tokens * b * c.hidden_size if checkpointing else layer)
@@ -111,7 +111,7 @@ def activations(
 
 
 def _layer_bytes(model: PreTrainedModel, method: object, b: int) -> int:
-    """Return the bytes that one decoder layer keeps of a token."""
+    """Return what one decoder layer keeps of a token."""
     c = model.config
     width, ffn = c.hidden_size, c.intermediate_size
     head_width = getattr(c, "head_dim", None) or width // c.num_attention_heads
