@@ -78,7 +78,7 @@ class SparseUpcycling(Experts):
 
     name: Literal["su"] = "su"
     router_std: float = Field(0.02, gt=0)
-    """Standard deviation of the routers' random weights."""
+    """Standard deviation of the routers' random rows."""
 
 
 class Representations(Experts):

@@ -441,7 +441,7 @@ def test_help_names_every_key_that_the_command_line_takes() -> None:
 def test_help_is_grouped_by_part_and_method() -> None:
     titles = list(groups(help_text()))
     parts = ["run", "model", "model.local", "data", "method"]
-    methods = ["su, trsu, crsu", "trsu, crsu", "su", "trsu", "crsu", "simoe"]
+    methods = ["su, trsu, crsu, drop", "su, drop", "trsu, crsu", "trsu", "crsu", "drop", "simoe"]
     assert titles == [
         *parts,
         *(f"method {names}" for names in methods),

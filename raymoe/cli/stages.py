@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from raymoe.cli.command import Command
 from raymoe.console import say, to_json
-from raymoe.methods import SparseInterpolation
+from raymoe.methods import seam
 from raymoe.schema import InputError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def represent_stage(run: Run) -> Stage:
     """Return the stage of what routers are made from, or what SIMoE's router reads."""
     from raymoe.stages import prompts, representations
 
-    return prompts(run) if isinstance(run.method, SparseInterpolation) else representations(run)
+    return prompts(run) if "prompts" in seam(run.method).stages else representations(run)
 
 
 def cluster_stage(run: Run) -> Stage:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from raymoe.analysis.size import WEIGHT_BYTES, Counts, training_state
 from raymoe.config import RunFile
-from raymoe.methods import Experts, SparseInterpolation
+from raymoe.methods import Experts, MethodConfig, SparseInterpolation
 from raymoe.models.packed_attention import LOGITS_PER_CHUNK
 from raymoe.models.simoe import gate_layout
 
@@ -91,7 +91,7 @@ class Setting:
 
 def activations(
     model: PreTrainedModel,
-    method: object,
+    method: MethodConfig,
     precision: str,
     tokens: int,
     checkpointing: bool = False,
@@ -104,7 +104,7 @@ def activations(
         kept += -(-tokens // TOKENS_PER_DOCUMENT) * gate_layout(model).size * 8
     chunks = -(-tokens * c.vocab_size // LOGITS_PER_CHUNK)
     head = tokens * (4 + 3 * b) * c.hidden_size + 12 * -(-tokens * c.vocab_size // chunks)
-    experts, times = (method.num_experts, method.top_k) if isinstance(method, Experts) else (1, 1)
+    experts, times = method.ffns_per_layer, method.ffns_per_token
     backward = tokens * b * (2 * times * c.intermediate_size + c.hidden_size)
     backward += 2 * experts * c.intermediate_size * c.hidden_size * b // (1 if experts > 1 else 2)
     return Activations(kept, max(head, backward + (layer if checkpointing else 0)))
