@@ -1,7 +1,9 @@
 """Held-out metrics of a trained run or of any model folder.
 
-raymoe evaluate my-run.yaml
-raymoe evaluate my-run.yaml --model-folder some/model
+    raymoe evaluate my-run.yaml
+    raymoe evaluate my-run.yaml --model-folder some/model
+
+What is measured, and on which data, is the run's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """The trained model as a folder of its own; a SIMoE model also merged into a dense one.
 
-raymoe export my-run.yaml --out model
-raymoe export my-run.yaml --method simoe --out model --merge "Write a function that adds two numbers."
-raymoe export --model-folder some/simoe --out model --merge-domain math
+    raymoe export my-run.yaml --out model
+    raymoe export my-run.yaml --method simoe --out model --merge "Write a function that adds two numbers."
+    raymoe export --model-folder some/simoe --out model --merge-domain math
+
+A run has to be trained first; `--model-folder` needs none.
 """
 
 from __future__ import annotations

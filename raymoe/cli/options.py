@@ -1,7 +1,9 @@
 """Options of the command line as configuration keys, and their help text, generated from the configuration types.
 
-raymoe train --help
-raymoe train --help --method trsu
+    raymoe train --help
+    raymoe train --help --method trsu
+
+Every field of a configuration has a docstring, which is its text here.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -119,14 +121,13 @@ def asked_method(arguments: Sequence[str]) -> str | None:
 def help_text(method: str | None = None) -> str:
     """Return every key of a configuration by part, with meaning and default; of methods, `method` only if given."""
     groups = [wrapped(PRECEDENCE)]
-    methods_are_told = False
-    for prefix, part in parts_of(RunFile):
-        if prefix != "method.":
-            title = f"{prefix.rstrip('.')}: {_paragraph(part.__doc__)}" if prefix else "run:"
-            groups.append(_group(title, prefix, settings_of(part)))
-        elif not methods_are_told:
+    for prefix, parts in groupby(parts_of(RunFile), key=lambda part: part[0]):
+        if prefix == "method.":
             groups += _method_groups([method] if method else list(METHODS))
-            methods_are_told = True
+            continue
+        ((_, part),) = parts
+        title = f"{prefix.rstrip('.')}: {_paragraph(part.__doc__)}" if prefix else "run:"
+        groups.append(_group(title, prefix, settings_of(part)))
     return "\n\n".join(groups)
 
 
@@ -180,8 +181,8 @@ def _typed(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(_typed, value))
     if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return str(value).lower()
+    return str(value).removesuffix(".0")
 
 
 def _paragraph(text: str | None) -> str:

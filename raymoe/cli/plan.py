@@ -1,7 +1,9 @@
 """What a run or a sweep will take, before it starts.
 
-raymoe plan my-run.yaml --gpu h100 --gpus 8 --mfu 0.4
-raymoe plan my-run.yaml --sweep sweeps/num_experts.py --gpus 4
+    raymoe plan my-run.yaml --gpu h100 --gpus 8 --mfu 0.4
+    raymoe plan my-run.yaml --sweep sweeps/num_experts.py --gpus 4
+
+Nothing is downloaded or written.
 """
 
 from __future__ import annotations

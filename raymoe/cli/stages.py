@@ -1,9 +1,11 @@
 """The stages of the path before training, each with all that it needs.
 
-raymoe score my-run.yaml
-raymoe represent my-run.yaml
-raymoe cluster my-run.yaml
-raymoe upcycle my-run.yaml --materialize folder
+    raymoe score my-run.yaml
+    raymoe represent my-run.yaml
+    raymoe cluster my-run.yaml
+    raymoe upcycle my-run.yaml --materialize folder
+
+What the store has is not made again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """`raymoe sweep` and `raymoe train`, a sweep of one run; sweep files that Python runs.
 
-raymoe sweep sweeps/num_experts.py [config.yaml] [--key value ...] [--asha] [--submit]
-python sweeps/num_experts.py [config.yaml] [--key value ...]
-raymoe train my-run.yaml
+    raymoe sweep sweeps/num_experts.py [config.yaml] [--key value ...] [--asha] [--submit]
+    python sweeps/num_experts.py [config.yaml] [--key value ...]
+    raymoe train my-run.yaml
+
+With `--dry-run` they say what there is to do and what it will take.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Measure a model folder on encoded held-out instructions: any that stock transformers loads, or a SIMoE one.
 
-raymoe evaluate my-run.yaml --model-folder some/model
+    raymoe evaluate my-run.yaml --model-folder some/model
+
+The data are those of the run; so is the precision.
 """
 
 from __future__ import annotations
