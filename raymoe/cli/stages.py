@@ -58,26 +58,25 @@ def print_stages(stage: Stage, command: Command) -> None:
 def make_stage(stage: Stage, command: Command) -> Output:
     """Return the output of `stage`: what the store has, else made, on a Ray cluster if it takes one."""
     from raymoe.cluster.address import check as check_address
-    from raymoe.cluster.connection import check_storage
+    from raymoe.cluster.connection import check_shared, check_storage, connected
     from raymoe.stages import WITHOUT_RAY, Context, make, prepare
     from raymoe.storage.store import Store
 
-    store = Store(command.run_file.execution.storage)
+    execution = command.run_file.execution
+    store = Store(execution.storage)
     if found := stage.find(store):
         say(f"{stage.name}: already in {found.location}")
         return found
-    check_storage(command.run_file.execution.storage)
+    check_storage(execution.storage)
     store.check_writable()
-    if stage.name not in WITHOUT_RAY:
-        check_address(command.run_file.execution)
-    context = Context(store, command.run_file.execution, say)
-    prepare([stage], context)
+    context = Context(store, execution, say)
     if stage.name in WITHOUT_RAY:
+        prepare([stage], context)
         return make(stage, context)
-    from raymoe.cluster.connection import check_shared, connected
-
-    with connected(command.run_file.execution):
-        check_shared(command.run_file.execution.storage)
+    check_address(execution)
+    prepare([stage], context)
+    with connected(execution):
+        check_shared(execution.storage)
         return make(stage, context)
 
 

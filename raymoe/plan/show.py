@@ -6,7 +6,7 @@ from typing import Any
 
 from raymoe.console import print_rows
 from raymoe.plan.memory import Setting
-from raymoe.plan.planner import GpuPlan, Plan, SweepPlan, TrialPlan
+from raymoe.plan.plans import GpuPlan, Plan, SweepPlan, TrialPlan
 
 
 def show(plan: Plan) -> None:

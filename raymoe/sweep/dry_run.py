@@ -13,7 +13,7 @@ from raymoe.storage.store import Store
 from raymoe.sweep.definition import Sweep, SweepOptions, Trial, jobs_of
 
 if TYPE_CHECKING:
-    from raymoe.plan.planner import SweepPlan
+    from raymoe.plan.plans import SweepPlan
 
 
 def print_dry_run(
