@@ -29,6 +29,6 @@ def plan(command: Command) -> int:
 
 def _trial_jobs(file: str, job: RunFile) -> dict[str, RunFile]:
     """The runs of a sweep file, by the names of its trials."""
-    from raymoe.sweep.definition import jobs_of, load, trials_of
+    from raymoe.sweep.definition import load, run_files_of, trials_of
 
-    return jobs_of(trials_of(load(Path(file)), job.run()), job.execution)
+    return run_files_of(trials_of(load(Path(file)), job.run()), job.execution)

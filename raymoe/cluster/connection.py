@@ -34,12 +34,12 @@ from raymoe.storage.location import Location, location, read_file, replace_file
 
 @contextmanager
 def connected(execution: Execution) -> Iterator[None]:
-    """A cluster to work on: the one this process is connected to, the given one, the job's own, or a local one.
+    """Connect to a cluster to work on: the one that this process has, the given one, the job's own, or a local one.
 
-    What was connected here is disconnected at the end of the block; a local cluster ends with it.
+    At the end of the block the connection that was made here is closed; a local cluster ends with it.
 
     Raises:
-        InputError: no cluster answers at the address, it asks for a token that is not here, or it is of another
+        InputError: no cluster answers at the address, it asks for a token that is not here, or it runs another
             version of Ray or Python.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report is throttled to this
@@ -63,8 +63,7 @@ def connected(execution: Execution) -> Iterator[None]:
 
 def _connect(execution: Execution) -> None:
     key, address = chosen(execution)
-    # It says on every start that the local cluster asks for a token, as it should.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    logging.getLogger(ray_internals.TOKEN_LOGGER).setLevel(logging.ERROR)
     if not address:
         _start_local()
         return
@@ -78,7 +77,7 @@ def _connect(execution: Execution) -> None:
 
 
 def _told(where: str, error: BaseException) -> InputError:
-    """Ray's reason for not connecting, on one line."""
+    """Return Ray's reason for not connecting, on one line."""
     cause: BaseException | None = error
     words = ""
     while cause:
@@ -97,7 +96,7 @@ def _told(where: str, error: BaseException) -> InputError:
 
 
 def _start_local() -> None:
-    """A cluster of this machine alone: every socket of Ray, gloo and NCCL on the loopback, with a token."""
+    """Start a cluster of this machine alone: every socket of Ray, gloo and NCCL on the loopback, with a token."""
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     keep_token_private()
@@ -113,7 +112,7 @@ def _start_local() -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """What starts in this block calls itself 127.0.0.1 and listens there alone, as Ray does by default on macOS.
+    """Within the block, let Ray start as 127.0.0.1 and listen there alone, as it does by default on macOS.
 
     On Linux Ray turns any spelling of the loopback into the machine's own address, and listens everywhere.
     """
@@ -126,12 +125,12 @@ def _on_loopback() -> Iterator[None]:
 
 
 def check_shared(storage: str) -> None:
-    """See that every node there is now reads what this process writes to the storage.
+    """Make sure that every node of now reads what this process writes to the storage.
 
-    A node that an autoscaler adds later says so itself, when its worker does not find the data.
+    On a node that an autoscaler adds later, the worker says so itself when it does not find the data.
 
     Raises:
-        InputError: naming the nodes that don't.
+        InputError: some nodes don't; names them.
     """
     here = ray.get_runtime_context().get_node_id()
     nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here}
@@ -155,7 +154,7 @@ def check_shared(storage: str) -> None:
 
 
 PROBE_SECONDS = 60
-"""For a worker to start on every node; one that takes longer is not judged."""
+"""Seconds for a worker to start on every node; one that takes longer is not judged."""
 
 
 def _reads(probe: Location, content: bytes) -> bool:
@@ -167,7 +166,7 @@ def _reads(probe: Location, content: bytes) -> bool:
 
 
 def _answer(answer: Any) -> bool:
-    """Whether the node sees the file; one that went meanwhile is not judged."""
+    """True if the node sees the file; one that went meanwhile is not judged."""
     try:
         return bool(ray.get(answer))
     except (RayTaskError, OSError):
@@ -181,7 +180,7 @@ def _on_node(id: str) -> NodeAffinitySchedulingStrategy:
 
 
 def check_storage(storage: str) -> None:
-    """In a job, see that what it computes outlives it.
+    """Make sure that what a job computes outlives it.
 
     Raises:
         InputError: the storage is in the copy of the working folder, which goes with the job.

@@ -17,9 +17,11 @@ from raymoe.methods import Dense, SparseInterpolation, SparseUpcycling
 from raymoe.schema import InputError
 from raymoe.stages import Context, Stage
 from raymoe.storage.store import Store
-from raymoe.sweep.definition import Point, Sweep, Trial, load, trials_of
-from raymoe.sweep.run import SweepOptions, TrialBook, execute, make_shared_stages
-from raymoe.tracking.ledger import TRIAL_KEY, Ledger
+from raymoe.sweep.book import TrialBook
+from raymoe.sweep.definition import Point, Sweep, SweepOptions, Trial, load, trials_of
+from raymoe.sweep.run import execute, make_shared_stages
+from raymoe.tracking.client import TRIAL_KEY
+from raymoe.tracking.ledger import Ledger
 from raymoe.tracking.results import read_sweeps
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +118,7 @@ def test_every_configuration_dry_runs(tmp_path: Path, capsys: pytest.CaptureFixt
             command_line(["train", str(file), "--dry-run", "--storage", str(tmp_path)])
         captured = capsys.readouterr()
         assert exit.value.code == 0, f"{file}: {captured.err}"
-        assert "1 trials" in captured.out
+        assert "1 trial, " in captured.out
 
 
 # ---- planning

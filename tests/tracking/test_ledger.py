@@ -18,15 +18,10 @@ import pytest
 from mlflow import MlflowClient
 
 from raymoe.schema import InputError
-from raymoe.tracking import ledger as tracking
-from raymoe.tracking.ledger import (
-    TRIAL_KEY,
-    Ledger,
-    best_and_final,
-    default_uri,
-    git_sha,
-    without_credentials,
-)
+from raymoe.tracking import experiment as tracking
+from raymoe.tracking.client import TRIAL_KEY, default_uri, without_credentials
+from raymoe.tracking.experiment import git_sha
+from raymoe.tracking.ledger import Ledger, best_and_final
 from raymoe.tracking.metric_log import MetricLog, read_rows
 from raymoe.tracking.results import read_sweeps
 
