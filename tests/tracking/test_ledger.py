@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from raymoe.metrics import METRICS, Metric
 from raymoe.schema import InputError
 from raymoe.tracking import experiment as tracking
 from raymoe.tracking.client import TRIAL_KEY, default_uri, without_credentials
@@ -229,6 +230,25 @@ def test_best_is_the_smallest_loss_and_the_most_right_answers() -> None:
         "final/math/exact_match": 0.3,
     }
     assert best_and_final([]) == {}
+
+
+@pytest.mark.parametrize("metric", [m for m in METRICS if m.better and m.pattern.startswith("eval/")])
+def test_best_is_what_the_table_calls_better(metric: Metric) -> None:
+    name = metric.pattern.replace("<domain>", "math")
+    rows = [{"step": i, "eval/loss": 1.0, name: value} for i, value in enumerate((0.2, 0.4, 0.1, 0.3))]
+    summary = best_and_final(rows)
+    assert summary[f"best/{name[5:]}"] == (0.4 if metric.better == "higher" else 0.1)
+    assert summary[f"final/{name[5:]}"] == 0.3
+
+
+def test_nothing_is_guessed_of_a_metric_that_is_not_in_the_table() -> None:
+    rows = [{"step": i, "eval/loss": 1.0, "eval/math/bleu": i, "mine/size": 2 * i} for i in range(1, 3)]
+    assert best_and_final(rows) == {
+        "best/loss": 1.0,
+        "final/loss": 1.0,
+        "final/math/bleu": 2,
+        "final/mine/size": 4,
+    }
 
 
 def test_what_describes_the_model_has_an_end_but_no_best() -> None:
