@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,8 @@ def connected(execution: Execution) -> Iterator[None]:
         InputError: no cluster answers at the address, it asks for a token that is not here, or it runs another
             version of Ray or Python.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report is throttled to this
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what nodes say stays plain in logs
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same everywhere
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # checkpoints come without metrics
-    # Threads that spin while they wait make a step ten times slower as soon as a core is shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
         return
@@ -59,6 +53,19 @@ def connected(execution: Execution) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report is throttled to this
+    "RAY_COLOR_PREFIX": "0",  # what nodes say stays plain in logs
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same everywhere
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # checkpoints come without metrics
+    # Threads that spin while they wait make a step ten times slower as soon as a core is shared.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Set before Ray starts, unless the user did."""
 
 
 def _connect(execution: Execution) -> None:
@@ -125,7 +132,7 @@ def _on_loopback() -> Iterator[None]:
 
 
 def check_shared(storage: str) -> None:
-    """Make sure that every node of now reads what this process writes to the storage.
+    """Make sure that every present node reads what this process writes to the storage.
 
     On a node that an autoscaler adds later, the worker says so itself when it does not find the data.
 
@@ -140,17 +147,22 @@ def check_shared(storage: str) -> None:
     probe = location(storage) / f".probe-{secrets.token_hex(4)}"
     replace_file(probe, content)
     try:
-        task = ray.remote(num_cpus=0, max_retries=0)(_reads)
-        asked = {id: task.options(scheduling_strategy=_on_node(id)).remote(probe, content) for id in nodes}
-        ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)
-        blind = [nodes[id] for id, answer in asked.items() if answer in ready and not _answer(answer)]
+        blind = sorted(nodes[id] for id in _blind(nodes, probe, content))
     finally:
         probe.unlink(missing_ok=True)
     if blind:
         raise InputError(
-            f"execution.storage: {storage} is not shared: {', '.join(sorted(blind))} "
+            f"execution.storage: {storage} is not shared: {', '.join(blind)} "
             f"{'does' if len(blind) == 1 else 'do'} not see what this node writes there"
         )
+
+
+def _blind(nodes: Iterable[str], probe: Location, content: bytes) -> list[str]:
+    """Return the ids of those `nodes` that do not read `content` from `probe`."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_reads)
+    asked = {id: task.options(scheduling_strategy=_on_node(id)).remote(probe, content) for id in nodes}
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)
+    return [id for id, answer in asked.items() if answer in ready and not _sees(answer)]
 
 
 PROBE_SECONDS = 60
@@ -165,7 +177,7 @@ def _reads(probe: Location, content: bytes) -> bool:
     return False
 
 
-def _answer(answer: Any) -> bool:
+def _sees(answer: Any) -> bool:
     """True if the node sees the file; one that went meanwhile is not judged."""
     try:
         return bool(ray.get(answer))

@@ -56,28 +56,28 @@ def submit(
     Raises:
         InputError: a path that a job would not find, nobody at the address, a wrong token, another version of Ray.
     """
-    base = run_file.run()
-    sweep.ranking()  # says here what is wrong with the sweep, not in the job
-    for point in sweep.points:
-        sweep.run(base, point)
+    _check_points(sweep, run_file)
     submission = _submission(sweep, file, arguments, run_file)
     if dry_run:
         passed_on = _passed_on(submission.environment)
         print(f"job {submission.name} at {submission.address}\n{submission.entrypoint}\n{passed_on}".rstrip())
         return 0
     client = _client(submission.address)
-    name = _running(client, submission.name)
-    if name:
-        say(f"{name} runs already: this is its log")
-    else:
-        name = _start(client, submission)
-        say(f"{name}: submitted to {submission.address}; {_passed_on(submission.environment)}".rstrip("; "))
+    name = _attach(client, submission) or _start(client, submission)
     try:
         return asyncio.run(_follow(client, name))
     except KeyboardInterrupt:
         stop = f"ray job stop --address {submission.address} {name}"
         say(f"\n{name} goes on; the same command attaches again, and `{stop}` ends it")
         return 130
+
+
+def _check_points(sweep: Sweep, run_file: RunFile) -> None:
+    """Raise here, not in the job, what is wrong with the sweep."""
+    base = run_file.run()
+    sweep.ranking()
+    for point in sweep.points:
+        sweep.run(base, point)
 
 
 def _submission(sweep: Sweep, file: Path, arguments: Sequence[str], run_file: RunFile) -> Submission:
@@ -224,12 +224,17 @@ def _version(reply: requests.Response, address: str) -> str:
         ) from None
 
 
-def _running(client: Any, name: str) -> str | None:
-    """Return the job called `name`, or `name-2` and so on, that runs; None if none does."""
-    return next((j.submission_id for j in _jobs(client, name) if not j.status.is_terminal()), None)
+def _attach(client: Any, submission: Submission) -> str | None:
+    """Return the name of the submission's job that runs; None if none does."""
+    jobs = _jobs(client, submission.name)
+    name = next((job.submission_id for job in jobs if not job.status.is_terminal()), None)
+    if name:
+        say(f"{name} runs already: this is its log")
+    return name
 
 
 def _jobs(client: Any, name: str) -> list[Any]:
+    """Return the jobs called `name`, `name-2` and so on."""
     called = re.compile(rf"{re.escape(name)}(-\d+)?")
     return [job for job in client.list_jobs() if called.fullmatch(job.submission_id or "")]
 
@@ -238,15 +243,15 @@ def _start(client: Any, submission: Submission) -> str:
     """Submit, and return the job's name; Ray takes none twice, so later ones of a submission are `name-2`, ..."""
     before = len(_jobs(client, submission.name))
     try:
-        return str(
-            client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=f"{submission.name}-{before + 1}" if before else submission.name,
-                runtime_env={"working_dir": ".", "env_vars": dict(submission.environment)},
-            )
+        name = client.submit_job(
+            entrypoint=submission.entrypoint,
+            submission_id=f"{submission.name}-{before + 1}" if before else submission.name,
+            runtime_env={"working_dir": ".", "env_vars": dict(submission.environment)},
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"--submit: {' '.join(str(error).split())[:400]}") from None
+    say(f"{name}: submitted to {submission.address}; {_passed_on(submission.environment)}".rstrip("; "))
+    return str(name)
 
 
 async def _follow(client: Any, name: str) -> int:

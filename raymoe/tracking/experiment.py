@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raymoe.storage.location import Location, Remote, local, read_file
+from raymoe.storage.location import Location, local
 from raymoe.tracking.client import (
     SWEEP_KEY,
     TRIAL_KEY,
@@ -28,7 +28,8 @@ from raymoe.tracking.client import (
     quiet,
     without_credentials,
 )
-from raymoe.tracking.metric_log import MARKS, REMOTE_PAUSE, kind_of_row
+from raymoe.tracking.followed_log import FollowedLog
+from raymoe.tracking.metric_log import MARKS, kind_of_row
 
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes MLflow's pages open on training runs instead of traces."""
@@ -63,66 +64,6 @@ class TrialEnd:
     """Metric log to read to the end, if it is another than the one followed."""
     artifacts: list[tuple[Location, str | None]]
     """Files, and the artifact folders that they go to."""
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """Whole lines that a log has got since lines were last taken from it."""
-
-    lines: list[bytes]
-    offset: int
-    """Position of the first one."""
-    version: tuple[float, int] = (0.0, 0)
-
-
-@dataclass
-class FollowedLog:
-    """A metric log that is read as it grows. Lines count as read once they are taken."""
-
-    file: Location | None
-    offset: int = 0
-    tail: bytes = b""
-    """The line that ends at `offset`; if another one does, the file was replaced."""
-    looked: float = 0.0
-    """Time of the last look at an object."""
-    version: tuple[float, int] = (0.0, 0)
-    """Version of the object that was read last."""
-
-    def fresh(self, last: bool = False) -> Fresh | None:
-        """Return the lines since the last ones taken; None if there is no reason to look.
-
-        An object is looked at every few seconds, with `last` at once.
-        """
-        if isinstance(self.file, Remote):
-            return self._fresh_of_object(self.file, last)
-        if self.file is None or not self.file.is_file():
-            return None
-        with self.file.open("rb") as stream:
-            start = max(0, self.offset - len(self.tail))
-            stream.seek(start)
-            offset = self.offset if stream.read(self.offset - start) == self.tail else 0
-            stream.seek(offset)
-            return Fresh(_whole_lines(stream.read()), offset)
-
-    def _fresh_of_object(self, file: Remote, last: bool) -> Fresh | None:
-        if not last and time.monotonic() - self.looked < REMOTE_PAUSE:
-            return None
-        self.looked = time.monotonic()
-        if (version := file.modified()) == self.version and not last:
-            return None
-        content = read_file(file) or b""
-        start = max(0, self.offset - len(self.tail))
-        offset = self.offset if content[start : self.offset] == self.tail else 0
-        return Fresh(_whole_lines(content[offset:]), offset, version)
-
-    def take(self, fresh: Fresh) -> None:
-        """Count these lines as read."""
-        self.offset = fresh.offset + sum(map(len, fresh.lines))
-        if fresh.lines:
-            self.tail = fresh.lines[-1]
-        elif not fresh.offset:
-            self.tail = b""
-        self.version = fresh.version
 
 
 @dataclass
@@ -309,10 +250,6 @@ class Experiment:
         with tempfile.TemporaryDirectory() as folder:
             (file := Path(folder) / name).write_bytes(content)
             self._client.log_artifact(run_id, str(file))
-
-
-def _whole_lines(content: bytes) -> list[bytes]:
-    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def git_sha() -> str:

@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 
 from raymoe.metrics import METRICS, Metric
 from raymoe.schema import InputError
-from raymoe.tracking import experiment as tracking
+from raymoe.tracking import experiment as runs
 from raymoe.tracking.client import TRIAL_KEY, default_uri, without_credentials
 from raymoe.tracking.experiment import git_sha
 from raymoe.tracking.ledger import Ledger, best_and_final
@@ -331,7 +331,7 @@ def test_no_step_is_lost_or_doubled_when_the_ledgers_process_is_killed(uri: str,
     write(20)
     process = subprocess.Popen(
         [sys.executable, "-c", LEDGER_PROCESS, uri, str(log.file)],
-        env={**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[2])},
     )
     wait_until(lambda: len(held.history("train/tokens")) >= 20)
     write(20)  # some of these may be on their way
@@ -436,13 +436,13 @@ def test_mlflow_that_comes_up_later_gets_everything(
 def test_nothing_waits_for_an_mlflow_that_hangs(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers, connect = threading.Event(), tracking.connect
+    answers, connect = threading.Event(), runs.connect
 
     def hanging(where: str) -> Any:
         assert answers.wait(60)
         return connect(where)
 
-    monkeypatch.setattr(tracking, "connect", hanging)
+    monkeypatch.setattr(runs, "connect", hanging)
     ledger = Ledger("raymoe", uri)
     log = MetricLog(tmp_path / "metrics.jsonl")
     open_trial(ledger, log.file)
@@ -457,7 +457,7 @@ def test_nothing_waits_for_an_mlflow_that_hangs(
 def test_a_run_that_mlflow_failed_after_creating_is_completed(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(uri)
     experiment = client.create_experiment("raymoe")
-    parent = client.create_run(experiment, tags={tracking.SWEEP_KEY: "s-1", "sweep": "s"}, run_name="s-1")
+    parent = client.create_run(experiment, tags={runs.SWEEP_KEY: "s-1", "sweep": "s"}, run_name="s-1")
     tags = {TRIAL_KEY: "train-1", "mlflow.parentRunId": parent.info.run_id}
     trial = client.create_run(experiment, tags=tags, run_name="x")
     client.log_param(trial.info.run_id, "method", "su")
@@ -615,7 +615,7 @@ def test_credentials_are_never_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "connect", lambda uri: MlflowClient(uri))
+    monkeypatch.setattr(runs, "connect", lambda uri: MlflowClient(uri))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # not listening: connections are refused
