@@ -23,7 +23,7 @@ class TrialBook:
     ) -> None:
         """`trials` by their keys; `name` is that of the sweep's run."""
         self.name = name
-        self.trials, self.rows = trials, dict[str, TrialResult]()
+        self.trials, self.results = trials, dict[str, TrialResult]()
         self.artifacts = dict[str, str | bytes]()
         """Files for the sweep's run, content by name."""
         self._ledger, self._sweep, self._store, self._open = ledger, sweep, store, set[str]()
@@ -39,16 +39,16 @@ class TrialBook:
             self.started(key)
         trial = self.trials[key]
         found = trial.stage.find(self._store)
-        self.rows[key] = _result(trial, found) if found else self._result_without_model(trial, error)
-        self._close_run(trial, self.rows[key], found)
+        self.results[key] = _result(trial, found) if found else self._result_without_model(trial, error)
+        self._close_run(trial, self.results[key], found)
 
     def close(self) -> None:
         """Note that trials which have not ended were interrupted, and end the sweep's run."""
         try:
-            for key in self.trials.keys() - self.rows.keys():
+            for key in self.trials.keys() - self.results.keys():
                 self.ended(key, None)
         finally:
-            self._ledger.close(_overall(self.rows.values()), self.artifacts)
+            self._ledger.close(_overall(self.results.values()), self.artifacts)
 
     def _open_run(self, trial: Trial) -> None:
         run, sources = trial.run, trial.run.data.sources("train")
@@ -66,13 +66,13 @@ class TrialBook:
             },
         )
 
-    def _close_run(self, trial: Trial, row: TrialResult, found: Output | None) -> None:
+    def _close_run(self, trial: Trial, result: TrialResult, found: Output | None) -> None:
         clusters = [s.find(self._store) for s in stages.upstream([trial.stage]) if s.name == "clusters"]
         self._ledger.finish(
             trial.key,
-            "KILLED" if row.status == "STOPPED" else row.status,
+            "KILLED" if result.status == "STOPPED" else result.status,
             found.info["evaluations"] if found else (),
-            tags={"model": row.model, "error": row.error} if row.error else {"model": row.model},
+            tags={"model": result.model, "error": result.error} if result.error else {"model": result.model},
             metrics=found.location / "metrics.jsonl" if found else None,
             cost=found.info["cost"] if found else None,
             files=[
@@ -100,9 +100,9 @@ def _result(trial: Trial, found: Output) -> TrialResult:
     return TrialResult(trial.name, trial.point, "FINISHED", found.info["evaluations"], model)
 
 
-def _overall(rows: Iterable[TrialResult]) -> str:
+def _overall(results: Iterable[TrialResult]) -> str:
     """Return the status of the sweep's run: that of the trial that went worst."""
-    statuses = {row.status for row in rows}
+    statuses = {result.status for result in results}
     return next((status for status in ("KILLED", "FAILED") if status in statuses), "FINISHED")
 
 

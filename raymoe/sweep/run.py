@@ -47,11 +47,11 @@ def execute(sweep: Sweep, run_file: RunFile, options: SweepOptions) -> int:
         return 0
     check_storage(run_file.execution.storage)
     store.check_writable()
-    rows = _run_all(sweep, trials, run_file, store, options)
-    _print_result(sweep, rows, options)
-    if any(row.status == "KILLED" for row in rows):
+    results = _run_all(sweep, trials, run_file, store, options)
+    _print_result(sweep, results, options)
+    if any(each.status == "KILLED" for each in results):
         say("interrupted; the same command goes on from here")
-    return max((_EXIT_CODES[row.status] for row in rows), default=0)
+    return max((_EXIT_CODES[each.status] for each in results), default=0)
 
 
 _EXIT_CODES = {"FINISHED": 0, "STOPPED": 0, "FAILED": 1, "KILLED": 130}
@@ -74,7 +74,7 @@ def _run_all(
             _compute(sweep, todo, run_file.execution, store, options, book)
     finally:
         book.close()
-    return [book.rows[trial.key] for trial in trials]
+    return [book.results[trial.key] for trial in trials]
 
 
 def _opened(sweep: Sweep, trials: Sequence[Trial], run_file: RunFile, store: Store) -> TrialBook:
@@ -124,7 +124,7 @@ def _watched(todo: Sequence[Trial], store: Store, book: TrialBook) -> Iterator[N
     from raymoe.cluster.watch import Watch
 
     def left() -> int:
-        return sum(trial.key not in book.rows for trial in todo)
+        return sum(trial.key not in book.results for trial in todo)
 
     watch = Watch(store.root / "sweeps" / book.name, left, len(todo), say)
     try:
@@ -241,9 +241,9 @@ def train_trial(
     return {}
 
 
-def _print_result(sweep: Sweep, rows: Sequence[TrialResult], options: SweepOptions) -> None:
+def _print_result(sweep: Sweep, results: Sequence[TrialResult], options: SweepOptions) -> None:
     metric, mode = sweep.ranking()
     if options.json:
-        print(rows_as_json(rows, metric, mode, sweep.average_over))
+        print(rows_as_json(results, metric, mode, sweep.average_over))
     else:
-        print_table(sweep.name, sweep.question, rows, metric, mode, sweep.average_over)
+        print_table(sweep.name, sweep.question, results, metric, mode, sweep.average_over)
