@@ -33,6 +33,6 @@ def plan(command: Command) -> int:
 
 def _trials(file: Path, base: RunFile) -> dict[str, RunFile]:
     """Return each trial of a sweep file as a run of its own, by its name."""
-    from raymoe.sweep.definition import jobs_of, load, trials_of
+    from raymoe.sweep.definition import load, run_files_of, trials_of
 
-    return jobs_of(trials_of(load(file), base.run()), base.execution)
+    return run_files_of(trials_of(load(file), base.run()), base.execution)
