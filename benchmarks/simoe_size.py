@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raymoe.analysis.size import sizes
 from raymoe.methods import SparseInterpolation, SparseUpcycling
-from raymoe.models.causal_loss import CausalLoss
+from raymoe.models.causal_loss import LOAD_BALANCE, CausalLoss
 from raymoe.models.moe import upcycle_model
 from raymoe.models.simoe import gate_layout
 
@@ -171,8 +171,8 @@ def upcycled(contest: Documents) -> Contestant:
     causal = CausalLoss(upcycle_model(contest.dense_model(), rows, SparseUpcycling(**UPCYCLED))).train()
 
     def loss() -> Tensor:
-        nll, balance, _, _ = causal(contest.batch)
-        total: Tensor = nll.mean() + step.ALPHA * balance
+        nll, penalties, _ = causal(contest.batch)
+        total: Tensor = nll.mean() + step.ALPHA * penalties[LOAD_BALANCE]
         return total
 
     return Contestant(causal, loss)

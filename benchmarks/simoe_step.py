@@ -32,12 +32,17 @@ import torch
 from harness import Rounds, figure, interleaved, parser
 from step import GOALS, Contest, Contestant, fast_float32
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from raymoe.config import Execution, Run, validate
+from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Batch
 from raymoe.methods import SparseInterpolation
 from raymoe.models import simoe
 from raymoe.models.causal_loss import CausalLoss
+from raymoe.train.extension import Setting
 from raymoe.train.masks import MaskTrainer
+from raymoe.train.spec import WorkerSpec
 
 FORMS: tuple[simoe.Form, ...] = ("factored", "merged")
 STATES = {"start": 1.0, "compact": 0.25}
@@ -64,34 +69,35 @@ class Interpolating(Contestant):
     def __init__(self, contest: Contest, form: simoe.Form, share: float) -> None:
         self.batch, self.form, self.limit = contest.batch, form, contest.o.log_alpha
         dense = contest.dense_model()
-        self.interpolated = simoe.interpolate(dense)
-        self.masks = self._trainer(contest)
+        self.masks = self._trainer(contest, dense)
+        self.interpolated = self.masks.interpolated
         self.log_alpha = self._start(share)
         self.causal = contest._ready(CausalLoss(dense))
         super().__init__(self.causal, self._loss)
         self.optimizer = torch.optim.AdamW(self._deltas(), lr=1e-7, fused=True)
 
-    def _trainer(self, contest: Contest) -> MaskTrainer:
+    def _trainer(self, contest: Contest, dense: PreTrainedModel) -> MaskTrainer:
         method = SparseInterpolation(num_experts=contest.o.num_experts, mask_learning_rate=STANDS_STILL)
-        device = torch.device(contest.o.device)
         count = len(self.batch.documents)
         prompts = np.random.default_rng(1).standard_normal((count, contest.width), np.float32)
-        with tempfile.TemporaryDirectory() as folder:
+        run = validate(
+            Run,
+            {
+                "method": method.model_dump(),
+                "optimization": {"learning_rate": 1e-7},
+                "precision": str(contest.o.dtype).removeprefix("torch."),
+            },
+        )
+        nothing = Encoded(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int32), (), (), ())
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             for split in ("train", "validation"):
-                np.save(Path(folder) / f"{split}.npy", prompts)
-            masks = MaskTrainer(
-                method,
-                self.interpolated,
-                Path(folder),
-                seed=0,
-                total_steps=10**6,
-                device=device,
-                world_size=1,
-                learning_rate=1e-7,
-                precision=str(contest.o.dtype).removeprefix("torch."),
-                form=self.form,
+                np.save(folder / f"{split}.npy", prompts)
+            spec = WorkerSpec(
+                run, Execution(simoe_form=self.form), folder, None, folder, folder, prompts=folder
             )
-        return masks
+            device = torch.device(contest.o.device)
+            return MaskTrainer(Setting(spec, dense, nothing, nothing, 10**6, 0, 1, device, None))
 
     def _start(self, share: float) -> Tensor:
         """log_alpha [M, G]."""
@@ -116,7 +122,7 @@ class Interpolating(Contestant):
     def _loss(self) -> Tensor:
         self.masks.gates.log_alpha.data.copy_(self.log_alpha)  # the trainer keeps it within limits
         self.masks.begin(0)
-        self.masks.set(self.batch)
+        self.masks.apply(self.batch)
         nll: Tensor = self.causal(self.batch)[0]
         return nll.mean()
 

@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Batch, collate
 from raymoe.methods import SparseUpcycling
-from raymoe.models.causal_loss import CausalLoss
+from raymoe.models.causal_loss import LOAD_BALANCE, CausalLoss
 from raymoe.models.moe import upcycle_model
 from raymoe.models.packed_attention import PACKED_ATTENTION
 
@@ -118,8 +118,8 @@ class Contest:
         causal = self._ready(CausalLoss(model))
 
         def loss() -> Tensor:
-            nll, balance, _, _ = causal(self.batch)
-            total: Tensor = nll.sum() / len(nll) + ALPHA * balance
+            nll, penalties, _ = causal(self.batch)
+            total: Tensor = nll.sum() / len(nll) + ALPHA * penalties[LOAD_BALANCE]
             return total
 
         return Contestant(causal, loss)

@@ -1,8 +1,13 @@
-"""The methods: each its own configuration type."""
+"""The methods: the configuration type of each, and the one table of what each does at every step of the path.
+
+To add a method: a type, its place in `Method`, a row in `SEAMS` (docs/extending.md).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,13 +18,32 @@ from pydantic import (
 from raymoe.schema import Config
 
 
-class Dense(Config):
+class MethodConfig(Config):
+    """What every method answers, so that no one has to ask which method it is."""
+
+    @property
+    def ffns_per_layer(self) -> int:
+        """FFNs of a layer that are stored: N experts, or the dense one."""
+        return 1
+
+    @property
+    def ffns_per_token(self) -> int:
+        """FFNs of a layer that a token passes through."""
+        return 1
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains that the data have to have."""
+        return ()
+
+
+class Dense(MethodConfig):
     """The baseline: the dense model itself, trained on the same tokens."""
 
     name: Literal["dense"] = "dense"
 
 
-class Experts(Config):
+class Experts(MethodConfig):
     """What every sparse method shares."""
 
     num_experts: int = Field(2, ge=2)
@@ -30,6 +54,16 @@ class Experts(Config):
     `softmax` is eq. 2 of the RSU paper."""
     load_balance_alpha: float = Field(0.01, ge=0)
     """Weight of the load-balance loss (eq. 3 and 4); the loss is this weight when perfectly balanced."""
+
+    @property
+    def ffns_per_layer(self) -> int:
+        """N."""
+        return self.num_experts
+
+    @property
+    def ffns_per_token(self) -> int:
+        """top_k."""
+        return self.top_k
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> Experts:
@@ -95,6 +129,11 @@ class TaskRepresentations(Representations):
     perplexity_top_fraction: float = Field(0.05, gt=0, le=1)
     """Share of each task's examples kept, the most perplexing first."""
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """`tasks`."""
+        return self.tasks
+
     @model_validator(mode="after")
     def _experts_divide(self) -> TaskRepresentations:
         if len(set(self.tasks)) < len(self.tasks):
@@ -114,7 +153,7 @@ class ContextRepresentations(Representations):
     """Share of all training tokens that is clustered (at most `max_tokens`)."""
 
 
-class SparseInterpolation(Config):
+class SparseInterpolation(MethodConfig):
     """SIMoE: frozen weights plus one trained delta, of which every expert is a learnt structured mask."""
 
     name: Literal["simoe"] = "simoe"
@@ -153,15 +192,92 @@ class SparseInterpolation(Config):
     once per data set, or the token embeddings."""
 
 
+class DropUpcycling(Experts):
+    """Drop-Upcycling (Nakamura et al., ICLR 2025): random routers, and experts that each forget a part of the FFN."""
+
+    name: Literal["drop"] = "drop"
+    router_std: float = Field(0.02, gt=0)
+    """Standard deviation of the routers' random rows."""
+    drop_ratio: float = Field(0.5, gt=0, le=1)
+    """Share r of the FFN's columns that every expert draws anew."""
+    variant: Literal["paper", "official"] = "paper"
+    """`paper`: the same columns of all three matrices are drawn anew; `official`: as the authors' code does it,
+    every matrix draws its own columns, after the columns of each expert are permuted."""
+
+
 Method = Annotated[
-    Dense | SparseUpcycling | TaskRepresentations | ContextRepresentations | SparseInterpolation,
+    Dense
+    | SparseUpcycling
+    | TaskRepresentations
+    | ContextRepresentations
+    | DropUpcycling
+    | SparseInterpolation,
     Field(discriminator="name"),
 ]
 
-METHODS: dict[str, type[Config]] = {
-    "dense": Dense,
-    "su": SparseUpcycling,
-    "trsu": TaskRepresentations,
-    "crsu": ContextRepresentations,
-    "simoe": SparseInterpolation,
+
+@dataclass(frozen=True)
+class Seam:
+    """What a method does at each step of the path: its row in `SEAMS`.
+
+    Functions and classes are named as `module:name`; the step that needs one imports it (`resolve`).
+    """
+
+    stages: tuple[str, ...] = ()
+    """Stages that its training reads, besides the dense model and the instructions."""
+    router: str | None = None
+    """Makes the router rows [L, N, D] that training starts from (`raymoe.upcycle.router`); None: has no routers."""
+    expert: str | None = None
+    """Makes one expert from the dense FFN (`raymoe.upcycle.expert_start`); None: experts are copies."""
+    extension: str = "raymoe.train.extension:Extension"
+    """What it adds to the training step, and how its result is measured and written."""
+
+
+SEAMS: dict[type[MethodConfig], Seam] = {
+    Dense: Seam(),
+    SparseUpcycling: Seam(
+        stages=("upcycle",),
+        router="raymoe.upcycle.sparse:router",
+        extension="raymoe.train.experts:SparseExperts",
+    ),
+    TaskRepresentations: Seam(
+        stages=("perplexity", "representations", "clusters", "upcycle"),
+        router="raymoe.upcycle.representation:router",
+        extension="raymoe.train.experts:SparseExperts",
+    ),
+    ContextRepresentations: Seam(
+        stages=("representations", "clusters", "upcycle"),
+        router="raymoe.upcycle.representation:router",
+        extension="raymoe.train.experts:SparseExperts",
+    ),
+    DropUpcycling: Seam(
+        stages=("upcycle",),
+        router="raymoe.upcycle.sparse:router",
+        expert="raymoe.upcycle.drop:expert",
+        extension="raymoe.train.experts:SparseExperts",
+    ),
+    SparseInterpolation: Seam(
+        stages=("prompts",),
+        extension="raymoe.train.masks:MaskTrainer",
+    ),
 }
+"""The table of methods, in the order in which they are listed."""
+
+METHODS: dict[str, type[MethodConfig]] = {kind.model_fields["name"].default: kind for kind in SEAMS}
+"""Configuration type of every `method.name`."""
+
+
+def seam(method: MethodConfig) -> Seam:
+    """Row of `method` in the table."""
+    return SEAMS[type(method)]
+
+
+def methods_with(stage: str) -> str:
+    """Names of the methods whose training reads `stage`, for error messages: `trsu, crsu`."""
+    return ", ".join(name for name, kind in METHODS.items() if stage in SEAMS[kind].stages)
+
+
+def resolve(reference: str) -> Any:
+    """Import what a `Seam` names as `module:name`."""
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)

@@ -17,16 +17,17 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raymoe.config import Data, Evaluation, Execution, Model, Optimization, Run
 from raymoe.methods import (
     ContextRepresentations,
     Dense,
     Experts,
-    Representations,
     SparseInterpolation,
     TaskRepresentations,
+    methods_with,
+    seam,
 )
 from raymoe.schema import InputError
 from raymoe.storage.location import Location, delete, local, writing
@@ -139,10 +140,10 @@ def prepare(stages: Iterable[Stage], context: Context) -> None:
 
 def _check_tasks(run: Run, context: Context) -> None:
     found = _instructions(run).find(context.store)
-    if found is None or not isinstance(run.method, TaskRepresentations):
+    if found is None:
         return
     domains = found.info["train_domains"]
-    if unknown := [task for task in run.method.tasks if task not in domains]:
+    if unknown := [task for task in run.method.domains if task not in domains]:
         raise InputError(f"method.tasks: {', '.join(unknown)} is no domain of the data: {', '.join(domains)}")
 
 
@@ -167,14 +168,15 @@ def training(run: Run) -> Stage:
         InputError: the model or the data can't be used.
     """
     dense, data = _dense(run), _instructions(run)
-    recipe = _upcycle(run, dense, data) if isinstance(run.method, Experts) else None
-    router_inputs = prompts(run) if isinstance(run.method, SparseInterpolation) else None
+    reads = seam(run.method).stages
+    recipe = upcycle(run) if "upcycle" in reads else None
+    router_inputs = prompts(run) if "prompts" in reads else None
     identity = {
         **_head("train"),
         "dense": dense.identity,
         "instructions": data.identity,
         "recipe": recipe.identity if recipe else None,
-        "run": run.model_dump(mode="json", exclude={"model", "data"}),
+        "run": run.identity(exclude={"model", "data"}),
         **({"prompts": router_inputs.identity} if router_inputs else {}),
     }
 
@@ -184,7 +186,7 @@ def training(run: Run) -> Stage:
         from raymoe.train.spec import WorkerSpec
 
         # reading metrics waits for the device: on a GPU ten steps share one wait
-        job = WorkerSpec(
+        spec = WorkerSpec(
             run=run,
             execution=context.execution,
             dense=dense.path(context.store),
@@ -194,7 +196,7 @@ def training(run: Run) -> Stage:
             prompts=router_inputs.path(context.store) if router_inputs else None,
             log_every=10 if uses_gpu(context.execution) else 1,
         )
-        return fit(job, name=name, storage=context.store.checkpoints, lease=context.lease)
+        return fit(spec, name=name, storage=context.store.checkpoints, lease=context.lease)
 
     name = f"train-{digest(identity)}"
     return Stage("train", identity, _needs(dense, data, recipe, router_inputs), build, run, trains=name)
@@ -224,14 +226,14 @@ def representations(run: Run) -> Stage:
     """Token representations that the run's routers are made from."""
     method = _representation_method(run)
     dense, data = _dense(run), _instructions(run)
-    scores = perplexity(run) if isinstance(method, TaskRepresentations) else None
+    scores = perplexity(run) if "perplexity" in seam(method).stages else None
     fields = {"representation", "max_tokens", "tasks", "perplexity_top_fraction", "token_fraction"}
     identity = {
         **_head("representations"),
         "dense": dense.identity,
         "instructions": data.identity,
         "perplexity": scores.identity if scores else None,
-        "method": method.model_dump(mode="json", include=fields),
+        "method": method.identity(include=fields),
         "precision": run.precision,
         "seed": run.seed,
     }
@@ -258,9 +260,12 @@ def prompts(run: Run) -> Stage:
     Raises:
         InputError: the run's method has no prompt router.
     """
-    if not isinstance(run.method, SparseInterpolation):
-        raise InputError(f"method.name: {run.method.name} has no prompt router, only simoe has")
-    dense, data, kind = _dense(run), _instructions(run), run.method.prompt_representation
+    if "prompts" not in seam(run.method).stages:
+        raise InputError(
+            f"method.name: {run.method.name} has no prompt router, only {methods_with('prompts')} has"
+        )
+    dense, data = _dense(run), _instructions(run)
+    kind = cast(SparseInterpolation, run.method).prompt_representation
     identity = {
         **_head("prompts"),
         "dense": dense.identity,
@@ -290,7 +295,7 @@ def clusters(run: Run) -> Stage:
     identity = {
         **_head("clusters"),
         "representations": source.identity,
-        "method": method.model_dump(mode="json", include=fields),
+        "method": method.identity(include=fields),
         "seed": run.seed,
     }
 
@@ -306,15 +311,44 @@ def clusters(run: Run) -> Stage:
 
 
 def upcycle(run: Run) -> Stage:
-    """The recipe of the run's MoE: dense model by reference, router rows, configuration."""
-    if not isinstance(run.method, Experts):
+    """The recipe of the run's MoE: dense model by reference, router rows, configuration.
+
+    Raises:
+        InputError: the run's method has none.
+    """
+    if "upcycle" not in seam(run.method).stages:
+        choice = methods_with("upcycle")
         raise InputError(
-            f"method.name: {run.method.name} has nothing to upcycle beforehand: choose from su, trsu, crsu"
+            f"method.name: {run.method.name} has nothing to upcycle beforehand: choose from {choice}"
         )
-    stage = _upcycle(run, _dense(run), _instructions(run))
-    if stage is None:
-        raise AssertionError(run.method)
-    return stage
+    method, dense = cast(Experts, run.method), _dense(run)
+    source = clusters(run) if "clusters" in seam(method).stages else None
+    identity = {
+        **_head("upcycle"),
+        "dense": dense.identity,
+        "clusters": source.identity if source else None,
+        "method": method.identity(exclude={"load_balance_alpha"}),
+        "seed": run.seed,
+    }
+
+    def build(out: Location, context: Context) -> Mapping[str, Any]:
+        from raymoe.models.dense import dimensions
+        from raymoe.upcycle import router, write_recipe
+
+        model = dense.path(context.store)
+        layers, width = dimensions(local(model))
+        rows = router(
+            method,
+            num_layers=layers,
+            width=width,
+            clusters=local(source.path(context.store)) if source else None,
+            seed=run.seed,
+        )
+        with writing(out) as folder:
+            write_recipe(folder, str(model), method, rows, run.seed)
+        return {"layers": layers, "width": width, "experts": method.num_experts}
+
+    return Stage("upcycle", identity, _needs(dense, source), build, run)
 
 
 def instructions(run: Run) -> Stage:
@@ -399,7 +433,7 @@ def _initial(run: Run) -> Stage:
     identity = {
         **_head("initial"),
         "corpus": corpus.identity,
-        "shape": shape.model_dump(mode="json", include=fields),
+        "shape": shape.identity(include=fields),
         "max_length": run.data.max_length,
         "seed": run.seed,
     }
@@ -424,7 +458,7 @@ def _instructions(run: Run) -> Stage:
     identity = {
         **_head("instructions"),
         "tokenizer": tokenizer.identity,
-        "data": data.model_dump(mode="json"),
+        "data": data.identity(),
         "corpus": [corpus.identity, part] if corpus else None,
         "files": _file_identity(data),
         "seed": run.seed if data.max_examples else None,  # it draws the sample and nothing else
@@ -445,43 +479,11 @@ def _instructions(run: Run) -> Stage:
     return Stage("instructions", identity, _needs(tokenizer, corpus), build, run)
 
 
-def _upcycle(run: Run, dense: DenseModel, data: Stage) -> Stage | None:
-    method = run.method
-    if not isinstance(method, Experts):
-        return None
-    source = clusters(run) if isinstance(method, Representations) else None
-    identity = {
-        **_head("upcycle"),
-        "dense": dense.identity,
-        "clusters": source.identity if source else None,
-        "method": method.model_dump(mode="json", exclude={"load_balance_alpha"}),
-        "seed": run.seed,
-    }
-
-    def build(out: Location, context: Context) -> Mapping[str, Any]:
-        from raymoe.models.dense import dimensions
-        from raymoe.upcycle import router, write_recipe
-
-        model = dense.path(context.store)
-        layers, width = dimensions(local(model))
-        rows = router(
-            method,
-            num_layers=layers,
-            width=width,
-            clusters=local(source.path(context.store)) if source else None,
-            seed=run.seed,
-        )
-        with writing(out) as folder:
-            write_recipe(folder, str(model), method, rows, run.seed)
-        return {"layers": layers, "width": width, "experts": method.num_experts}
-
-    return Stage("upcycle", identity, _needs(dense, source), build, run)
-
-
 def _representation_method(run: Run) -> TaskRepresentations | ContextRepresentations:
-    if not isinstance(run.method, TaskRepresentations | ContextRepresentations):
-        raise InputError(f"method.name: {run.method.name} uses no representations: choose from trsu, crsu")
-    return run.method
+    if "representations" not in seam(run.method).stages:
+        choice = methods_with("representations")
+        raise InputError(f"method.name: {run.method.name} uses no representations: choose from {choice}")
+    return cast(TaskRepresentations | ContextRepresentations, run.method)
 
 
 def _forward(context: Context, run: Run) -> dict[str, Any]:

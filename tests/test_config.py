@@ -164,7 +164,7 @@ def test_every_problem_is_one_line_and_all_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--method simoe --top-k 2", "method.top_k: simoe has no top_k (su, trsu, crsu have)"),
+        ("--method simoe --top-k 2", "method.top_k: simoe has no top_k (su, trsu, crsu, drop have)"),
         (
             "--sparsity-target 0.5 --method trsu",
             "method.sparsity_target: trsu has no sparsity_target (simoe has)",
@@ -197,11 +197,11 @@ def test_ambiguous_bare_keys_come_with_the_other_problems() -> None:
         ({"method": {"top-k": 1}}, "method.top-k: unknown key, did you mean top_k?"),
         (
             {"method": {"name": "dense", "top_k": 1}},
-            "method.top_k: dense has no top_k (su, trsu, crsu have)",
+            "method.top_k: dense has no top_k (su, trsu, crsu, drop have)",
         ),
         (
             {"method": {"name": "simoe", "load_balance_alpha": 0.1}},
-            "method.load_balance_alpha: simoe has no load_balance_alpha (su, trsu, crsu have)",
+            "method.load_balance_alpha: simoe has no load_balance_alpha (su, trsu, crsu, drop have)",
         ),
         (
             {"method": {"sparsity_target": 0.5}},

@@ -23,6 +23,7 @@ from raymoe.config import Evaluation
 from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Batch, collate, pack
 from raymoe.evaluate.answers import same_answer
+from raymoe.models.causal_loss import LossOutput
 from raymoe.models.collectives import summed
 from raymoe.models.generate import generate
 from raymoe.models.moe import sparse_layers
@@ -30,8 +31,6 @@ from raymoe.models.moe import sparse_layers
 Applied = Callable[[Sequence[int], Batch | None], AbstractContextManager[None]]
 """Makes the model that of some held-out records while they are measured: packed in a batch or, without one, a
 row each."""
-LossOutput = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What `CausalLoss` returns."""
 SEQUENCES_PER_FORWARD = 4
 PROMPTS_PER_BATCH = 32
 
@@ -79,11 +78,11 @@ class Evaluator:
         for domain, sequences, counts in self._shared(self._batches()):
             batch = collate(self.held_out, sequences, self.max_length).to(device)
             with self.applied(batch.examples, batch):
-                nll, _, load_LN, _ = loss(batch)
+                nll, _, statistics = loss(batch)
             if counts:
                 rows[domain] += torch.stack([nll.double().sum(), nll.new_tensor(nll.numel()).double()])
-            if load_LN.numel():
-                share = load_LN.double() * counts
+            if "load" in statistics:
+                share = statistics["load"].double() * counts
                 loads[domain] = loads[domain] + share if domain in loads else share
         totals = {d: summed(row).tolist() for d, row in rows.items()}
         metrics = _loss_metrics(totals)

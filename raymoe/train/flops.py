@@ -52,6 +52,14 @@ def active_parameters(model: PreTrainedModel, top_k: int) -> int:
     return total
 
 
+def stored_and_active(model: PreTrainedModel, top_k: int) -> tuple[int, int]:
+    """Parameters of `model`, and those that one token meets, its embedding look-up included."""
+    embeddings = model.get_input_embeddings().weight
+    tied = embeddings is model.get_output_embeddings().weight
+    active = active_parameters(model, top_k) + (0 if tied else num_parameters(embeddings))
+    return sum(num_parameters(p) for p in model.parameters()), active
+
+
 def _experts(model: nn.Module, name: str) -> int:
     module = model.get_submodule(name.rsplit(".", 1)[0])
     return int(module.num_experts)  # type: ignore[arg-type]

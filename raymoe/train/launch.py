@@ -41,7 +41,7 @@ FAILURE_FILE = "failure.txt"
 KEPT_SNAPSHOT = "checkpoints.kept.json"
 
 
-def fit(job: WorkerSpec, name: str, storage: Location, lease: str | None = None) -> dict[str, Any]:
+def fit(spec: WorkerSpec, name: str, storage: Location, lease: str | None = None) -> dict[str, Any]:
     """Train with Ray Train and return the stage's info; goes on from the last checkpoint under `name`.
 
     `lease`: id of the lease on `storage / name` under which no one else trains there.
@@ -55,13 +55,13 @@ def fit(job: WorkerSpec, name: str, storage: Location, lease: str | None = None)
     stop_flag(storage, name).unlink(missing_ok=True)
     mend_snapshot(storage / name)
     _remove_unreported(storage / name)
-    workers = trial_workers(job.execution, job.run.optimization.batch_size)
+    workers = trial_workers(spec.execution, spec.run.optimization.batch_size)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "metrics": metric_log(storage, name), "lease": lease},
+        train_loop_config={"spec": spec, "metrics": metric_log(storage, name), "lease": lease},
         scaling_config=ScalingConfig(
             num_workers=workers.count if workers.most == workers.count else (workers.count, workers.most),
-            elastic_resize_monitor_interval_s=job.execution.resize_interval,
+            elastic_resize_monitor_interval_s=spec.execution.resize_interval,
             use_gpu=workers.gpu,
             resources_per_worker={"CPU": workers.cpus, **({"GPU": 1} if workers.gpu else {})},
         ),
@@ -69,11 +69,11 @@ def fit(job: WorkerSpec, name: str, storage: Location, lease: str | None = None)
         run_config=RunConfig(
             name=name,
             **ray_storage(storage),
-            failure_config=FailureConfig(max_failures=job.execution.max_failures),
+            failure_config=FailureConfig(max_failures=spec.execution.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    failure = job.out / FAILURE_FILE
+    failure = spec.out / FAILURE_FILE
     try:
         with _told_to_tune(metric_log(storage, name)):
             trainer.fit()
@@ -82,31 +82,31 @@ def fit(job: WorkerSpec, name: str, storage: Location, lease: str | None = None)
             raise
     if failure.is_file():
         raise TrainingFailed(failure.read_text())
-    (job.out / "metrics.jsonl").write_bytes(metric_log(storage, name).read_bytes())
-    _draw_masks(job)
-    (job.out / "run.json").write_text(job.run.model_dump_json(indent=1))
-    return _info(job, workers.gpu, started)
+    (spec.out / "metrics.jsonl").write_bytes(metric_log(storage, name).read_bytes())
+    _draw_masks(spec)
+    (spec.out / "run.json").write_text(spec.run.model_dump_json(indent=1))
+    return _info(spec, workers.gpu, started)
 
 
-def _draw_masks(job: WorkerSpec) -> None:
+def _draw_masks(spec: WorkerSpec) -> None:
     """Figures of a SIMoE run, of what its worker wrote."""
-    if not (job.out / "masks.json").is_file():
+    if not (spec.out / "masks.json").is_file():
         return
     from raymoe.analysis.figures import draw
 
-    description = json.loads((job.out / "masks.json").read_text())
+    description = json.loads((spec.out / "masks.json").read_text())
     try:
-        with writing(job.out / "figures") as folder:
-            draw(description, read_rows(job.out / "metrics.jsonl"), description["sizes"], folder)
+        with writing(spec.out / "figures") as folder:
+            draw(description, read_rows(spec.out / "metrics.jsonl"), description["sizes"], folder)
     except Exception as error:  # what was trained is worth more than its pictures
-        print(f"figures of {job.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"figures of {spec.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def _info(job: WorkerSpec, gpu: bool, started: float) -> dict[str, Any]:
+def _info(spec: WorkerSpec, gpu: bool, started: float) -> dict[str, Any]:
     """What the stage records: evaluations, and what they cost: seconds from the first start to the end, GPU hours of
     workers that trained."""
-    evaluations = json.loads((job.out / "evaluations.json").read_text())
-    rows = [r for r in read_rows(job.out / "metrics.jsonl") if "system/workers" in r["metrics"]]
+    evaluations = json.loads((spec.out / "evaluations.json").read_text())
+    rows = [r for r in read_rows(spec.out / "metrics.jsonl") if "system/workers" in r["metrics"]]
     times = [started, *(row["time"] / 1000 for row in rows)]
     workers = [row["metrics"]["system/workers"] for row in rows]
     # of the time since the row before only what the attempt has trained: in pauses between attempts no one did
@@ -163,8 +163,8 @@ def _tell_tune(log: Location, ending: threading.Event) -> None:
 
 def _worker(config: dict[str, Any]) -> None:
     """What every worker runs. A failure that would come again is written down: no retries."""
-    job: WorkerSpec = config["job"]
-    if (job.out / FAILURE_FILE).is_file():
+    spec: WorkerSpec = config["spec"]
+    if (spec.out / FAILURE_FILE).is_file():
         return
     import torch
 
@@ -175,14 +175,14 @@ def _worker(config: dict[str, Any]) -> None:
     session = RaySession(config["metrics"], config["lease"])
     try:
         try:
-            train(job, session)
+            train(spec, session)
         finally:
             session.flush()
     except TrainingFailed as failure:
         if session.rank == 0:
-            (job.out / FAILURE_FILE).write_text(str(failure))
+            (spec.out / FAILURE_FILE).write_text(str(failure))
     except InputError as failure:  # of one worker alone: the others may be waiting for it, so all must end
-        (job.out / FAILURE_FILE).write_text(str(failure))
+        (spec.out / FAILURE_FILE).write_text(str(failure))
         raise
 
 

@@ -7,7 +7,8 @@ and its gradient is summed over the workers once. What a step does is decided by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,25 @@ from torch import Tensor, nn
 
 from raymoe.analysis.masks import describe, describe_gates, headline, mean_weights
 from raymoe.analysis.size import sizes
-from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Batch
 from raymoe.methods import SparseInterpolation
 from raymoe.models.collectives import summed
 from raymoe.models.simoe import (
     Form,
     Gates,
-    Interpolated,
     PromptRouter,
     expected_sparsity,
+    interpolate,
     live_columns,
     mean_overlap,
     orthogonality,
     sparsity,
 )
+from raymoe.storage.location import local
+from raymoe.train.extension import Extension, Setting
 from raymoe.train.gate_optimizer import GateDescent
 from raymoe.train.spec import FIRST_STEPS
-from raymoe.upcycle.simoe import Masks
+from raymoe.upcycle.simoe import Masks, write_simoe
 
 STATE = "masks.safetensors"
 ROUTER_TRAVEL = 8.0
@@ -50,28 +52,23 @@ MASK_TRAVEL = 22.0
 """Steps times the gates' default learning rate: it takes them across their range well before the end."""
 
 
-class MaskTrainer:
-    """Gates and router of one run, their optimizer and the constraint's multiplier."""
+class MaskTrainer(Extension):
+    """Gates and router of one run, their optimizers and the constraint's multiplier."""
 
-    def __init__(
-        self,
-        method: SparseInterpolation,
-        interpolated: Interpolated,
-        prompts: Path,
-        *,
-        seed: int,
-        total_steps: int,
-        device: torch.device,
-        world_size: int,
-        learning_rate: float,
-        precision: str,
-        chat_template: str = "tokenizer",
-        form: Form | None = None,
-    ) -> None:
-        self.precision, self.chat_template = precision, chat_template
-        self.delta_rate = method.delta_learning_rate or DELTA_RATE * learning_rate
-        self.method, self.interpolated, self.seed, self.total_steps = method, interpolated, seed, total_steps
-        self.device, self.world_size, self.form = device, world_size, form
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        run, spec = setting.run, setting.spec
+        method = run.method
+        assert isinstance(method, SparseInterpolation)
+        if spec.prompts is None:
+            raise ValueError("SIMoE's router needs the prompts' representations")
+        self.method, self.seed, self.total_steps = method, run.seed, setting.total_steps
+        self.device, self.world_size = setting.device, setting.world_size
+        self.form: Form | None = None if spec.execution.simoe_form == "auto" else spec.execution.simoe_form
+        self.delta_rate = method.delta_learning_rate or DELTA_RATE * run.optimization.learning_rate
+        self.interpolated = interpolated = interpolate(setting.model, setting.partition)
+        total_steps, seed, device = self.total_steps, self.seed, self.device
+        prompts = local(spec.prompts)
         self.prompts, self.held_out_prompts = (
             np.load(prompts / f"{split}.npy", mmap_mode="r", allow_pickle=False)
             for split in ("train", "validation")
@@ -95,6 +92,10 @@ class MaskTrainer:
         self.saturated_early = 0.0
         """By how much the share of gates at 0 or 1 grew in the first steps, as far as metrics were read."""
 
+    def learning_rate(self, rate: float, schedule: float) -> float:
+        """The delta's."""
+        return schedule * self.delta_rate
+
     def begin(self, step: int) -> None:
         """Draw the gates of `step`: the same on all workers and for all micro batches."""
         self.trained = None
@@ -111,7 +112,7 @@ class MaskTrainer:
         noise = torch.rand(self.gates.log_alpha.shape, generator=generator, device=self.device)
         return noise.clamp_(1e-6, 1 - 1e-6)
 
-    def set(self, batch: Batch) -> None:
+    def apply(self, batch: Batch) -> None:
         """Let the model apply the coefficients of the batch's prompts, until the next call."""
         c_SG = self.router(self._rows(self.prompts, batch.examples)) @ self.sample
         self.interpolated.set(c_SG, batch.documents, batch.input_ids.numel(), self.live, self.form)
@@ -138,9 +139,12 @@ class MaskTrainer:
         warmup = self.method.sparsity_warmup * self.total_steps
         return self.method.sparsity_target * min(1.0, (step + 1) / max(1.0, warmup))
 
-    def end(self, step: int, rate: float) -> dict[str, Tensor]:
-        """Update gates, router and multiplier; `rate` in [0, 1] is the schedule's (gates take its root: they
-        settle after the weights).
+    def known(self, step: int) -> dict[str, float]:
+        """The sparsity asked for."""
+        return {"masks/target": self.target(step)}
+
+    def end(self, step: int, schedule: float) -> dict[str, Tensor]:
+        """Update gates, router and multiplier; gates take the schedule's root: they settle after the weights.
 
         The loss of all micro batches of all workers has left its gradient in the sample and the router. Added
         here, once: orthogonality of the sampled masks, and the constraint as an augmented Lagrangian,
@@ -157,8 +161,8 @@ class MaskTrainer:
         missing_K = self.target(step) - self._reached(self.gates.evaluated())
         price_K = self.unit * (self.multiplier + self.method.sparsity_penalty * missing_K)
         self.gates.log_alpha.grad = learnt_MG - price_K[:, None] * sparser_MG
-        self.gate_optimizer.param_groups[0]["lr"] = self.mask_rate * rate**0.5
-        self.router_optimizer.param_groups[0]["lr"] = self.router_rate * rate
+        self.gate_optimizer.param_groups[0]["lr"] = self.mask_rate * schedule**0.5
+        self.router_optimizer.param_groups[0]["lr"] = self.router_rate * schedule
         for optimizer in (self.gate_optimizer, self.router_optimizer):
             optimizer.step()
             optimizer.zero_grad()
@@ -236,7 +240,7 @@ class MaskTrainer:
     def _sizes(self, description: Mapping[str, Any]) -> dict[str, dict[str, int]]:
         config = self.interpolated.model.config
         live = {name: description[name] for name in ("live_parameters", "live_gates")}
-        return sizes(config, self.method, **live, precision=self.precision)
+        return sizes(config, self.method, **live, precision=self.setting.run.precision)
 
     def read(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note what the metrics of a finished `step`, on the host now, say of the first steps."""
@@ -282,9 +286,16 @@ class MaskTrainer:
 
     # ---- the end
 
+    def write(self, out: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+        """Write the SIMoE folder and the description of its masks."""
+        masks, description = self.finished()
+        write_simoe(out / "model", self.setting.spec.dense, masks, tensors, dtype)
+        (out / "masks.json").write_text(json.dumps(description, indent=1))
+
     @torch.no_grad()
-    def finished(self, encoded: Encoded, held_out: Encoded) -> tuple[Masks, dict[str, Any]]:
-        """What is written with the model: masks, router and every domain's mean weights; and their description."""
+    def finished(self) -> tuple[Masks, dict[str, Any]]:
+        """Masks, router and every domain's mean weights, as they are written with the model; their description."""
+        encoded, held_out = self.setting.train, self.setting.held_out
         gates = self.gates.evaluated().cpu()
         router = {name: p.detach().cpu() for name, p in self.router.state_dict().items()}
         some = _some(encoded.domains, PROMPTS_PER_DOMAIN)
@@ -300,7 +311,7 @@ class MaskTrainer:
             self.method.sparsity_scope,
         )
         description["sizes"] = self._sizes(description)
-        return Masks(self.method, gates, router, domains, self.chat_template), description
+        return Masks(self.method, gates, router, domains, self.setting.run.data.chat_template), description
 
     def _weights(self, prompts: NDArray[np.float32]) -> Tensor:
         """Expert weights a [n, M] of all prompts."""

@@ -1,8 +1,4 @@
-"""Upcycling: the table of methods, and the recipe that a trial starts from.
-
-A method is a function from its config to router rows [L, N, D] and, where its experts are no plain copies of
-the dense FFN, one that makes an expert. To add one: a config type in `raymoe.config`, a row in ROUTERS and,
-where needed, one in EXPERTS.
+"""Upcycling: router rows and experts as the method's row in `raymoe.methods.SEAMS` makes them, and the recipe.
 
 A recipe is the dense model by reference, the method, its seed and the router rows: a few kilobytes that
 `expand` turns into the sparse model when a trial loads, instead of N FFNs per layer and trial on disk.
@@ -24,20 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raymoe.config import validate
-from raymoe.methods import METHODS, ContextRepresentations, Experts, SparseUpcycling, TaskRepresentations
+from raymoe.methods import METHODS, Experts, resolve, seam
 from raymoe.models.moe import FFN, ExpertStart, upcycle_model
 from raymoe.schema import InputError
-from raymoe.upcycle import representation, sparse
-
-ROUTERS: dict[type[Experts], Callable[..., Tensor]] = {
-    SparseUpcycling: sparse.router,
-    TaskRepresentations: representation.router,
-    ContextRepresentations: representation.router,
-}
-"""How every method makes its router rows."""
-
-EXPERTS: dict[type[Experts], Callable[[Any, FFN, torch.Generator], FFN]] = {}
-"""How one expert starts from the dense FFN, for the methods that don't copy it."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,9 @@ def router(method: Experts, *, num_layers: int, width: int, clusters: Path | Non
     Raises:
         InputError: the clusters are missing or do not fit.
     """
-    return ROUTERS[type(method)](method, num_layers=num_layers, width=width, clusters=clusters, seed=seed)
+    make = resolve(str(seam(method).router))
+    rows: Tensor = make(method, num_layers=num_layers, width=width, clusters=clusters, seed=seed)
+    return rows
 
 
 def expert_start(method: Experts, seed: int) -> ExpertStart | None:
@@ -67,12 +54,14 @@ def expert_start(method: Experts, seed: int) -> ExpertStart | None:
 
     Every expert has random numbers of its own, so it is the same whoever makes it, in whatever order.
     """
-    if type(method) not in EXPERTS:
+    reference = seam(method).expert
+    if reference is None:
         return None
+    make: Callable[[Any, FFN, torch.Generator], FFN] = resolve(reference)
 
     def start(ffn: FFN, layer: int, expert: int) -> FFN:
         numbers = np.random.default_rng([seed, layer, expert]).integers(2**63)
-        return EXPERTS[type(method)](method, ffn, torch.Generator().manual_seed(int(numbers)))
+        return make(method, ffn, torch.Generator().manual_seed(int(numbers)))
 
     return start
 

@@ -19,6 +19,7 @@ from raymoe.config import Run
 from raymoe.data.instructions import Encoded, prepare
 from raymoe.methods import SparseInterpolation
 from raymoe.models.simoe import Gates, PromptRouter, gate_layout
+from raymoe.train.masks import MaskTrainer
 from raymoe.train.order import Order, learning_rate
 from raymoe.train.spec import WorkerSpec
 from raymoe.train.worker import Trainer, train
@@ -249,10 +250,9 @@ def test_bfloat16_trains_with_gates_in_float32(
     train(small_job(run, pico, encoded, tmp_path / "full"), full)
     job = small_job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
     trainer = Trainer(job, LocalSession())
-    assert trainer.masks is not None
-    assert {p.dtype for p in [trainer.masks.gates.log_alpha, *trainer.masks.router.parameters()]} == {
-        torch.float32
-    }
+    masks = trainer.extension
+    assert isinstance(masks, MaskTrainer)
+    assert {p.dtype for p in [masks.gates.log_alpha, *masks.router.parameters()]} == {torch.float32}
     assert {p.dtype for p in trainer.engine.module.model.parameters()} == {torch.bfloat16}
     train(job, half)
     page = small_job(job.run, pico, encoded, tmp_path / "page", zero_stage=3, activation_checkpointing=True)

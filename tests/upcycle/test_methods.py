@@ -7,14 +7,30 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from raymoe.methods import METHODS, ContextRepresentations, Experts, SparseUpcycling, TaskRepresentations
+from raymoe.methods import (
+    METHODS,
+    SEAMS,
+    ContextRepresentations,
+    Experts,
+    MethodConfig,
+    SparseUpcycling,
+    TaskRepresentations,
+    resolve,
+)
 from raymoe.models.moe import sparse_layers
 from raymoe.schema import InputError
-from raymoe.upcycle import ROUTERS, expand, load_recipe, router, write_recipe
+from raymoe.stages import REVISIONS
+from raymoe.train.extension import Extension
+from raymoe.upcycle import expand, load_recipe, router, write_recipe
 
 
-def test_every_sparse_method_has_a_row() -> None:
-    assert set(ROUTERS) == {kind for kind in METHODS.values() if issubclass(kind, Experts)}
+@pytest.mark.parametrize("kind", METHODS.values())
+def test_every_method_has_a_row_whose_references_exist(kind: type[MethodConfig]) -> None:
+    row = SEAMS[kind]
+    assert (row.router is not None) == issubclass(kind, Experts) == ("upcycle" in row.stages)
+    assert issubclass(resolve(row.extension), Extension)
+    assert all(callable(resolve(reference)) for reference in (row.router, row.expert) if reference)
+    assert set(row.stages) <= set(REVISIONS)
 
 
 def test_su_draws_from_the_normal_distribution_asked_for() -> None:

@@ -1,0 +1,36 @@
+"""A sparse model's part of training: the load-balance loss and the routing metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from raymoe.methods import Experts
+from raymoe.models.causal_loss import LOAD_BALANCE, LossOutput
+from raymoe.train.extension import Extension, Setting
+
+LOAD, ENTROPY = "routing/load", "routing/entropy"
+
+
+class SparseExperts(Extension):
+    """The load-balance loss with the method's alpha; tokens per expert and the router's entropy of every step."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        method = setting.run.method
+        assert isinstance(method, Experts)
+        self.penalty_weights = {LOAD_BALANCE: method.load_balance_alpha}
+
+    def sums(self, output: LossOutput, share: float, counts: float) -> dict[str, Tensor]:
+        """Entropy as a mean over layers and tokens; tokens per expert [L, N]."""
+        load, entropy = output.statistics["load"], output.statistics["entropy"]
+        return {ENTROPY: entropy.mean() * share, LOAD: counts * load.float()}
+
+    def named(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Tokens per expert as shares, mean over layers."""
+        named = super().named({name: value for name, value in sums.items() if name != LOAD})
+        load_LN = sums[LOAD] / sums[LOAD].sum(-1, keepdim=True)
+        named |= {f"{LOAD}/{i}": float(share) for i, share in enumerate(load_LN.mean(0))}
+        named["routing/max_load"] = float(load_LN.max(-1).values.mean())
+        return named
