@@ -14,7 +14,7 @@ from raymoe.config import Optimization
 from raymoe.data.instructions import Encoded
 from raymoe.data.packing import epoch_sequences
 
-PackedSequence = np.ndarray  # record indices packed into one sequence
+PackedSequence = np.ndarray  # indices of the examples packed into one sequence
 
 
 class Order:
@@ -22,14 +22,14 @@ class Order:
 
     def __init__(self, encoded: Encoded, max_length: int, optimization: Optimization, seed: int) -> None:
         self.batch_size = optimization.batch_size
-        self._windows = _all_sequences(encoded, max_length, optimization, seed)
-        steps = max(1, len(self._windows) // self.batch_size)
+        self._sequences = _all_sequences(encoded, max_length, optimization, seed)
+        steps = max(1, len(self._sequences) // self.batch_size)
         self.total_steps = min(steps, optimization.max_steps or steps)
 
     def sequences(self, step: int) -> Sequence[PackedSequence]:
         """The sequences of `step`, in an order that does not depend on the number of workers."""
         start = step * self.batch_size
-        return [self._windows[i % len(self._windows)] for i in range(start, start + self.batch_size)]
+        return [self._sequences[i % len(self._sequences)] for i in range(start, start + self.batch_size)]
 
 
 def _all_sequences(
