@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raymoe import stages
 from raymoe.config import RunFile
@@ -11,6 +11,9 @@ from raymoe.console import to_json
 from raymoe.schema import InputError
 from raymoe.storage.store import Store
 from raymoe.sweep.definition import Sweep, SweepOptions, Trial, jobs_of
+
+if TYPE_CHECKING:
+    from raymoe.plan.planner import SweepPlan
 
 
 def print_dry_run(
@@ -20,7 +23,8 @@ def print_dry_run(
     shared = stages.upstream(t.stage for t in trials)
     cost = _cost(trials, job)
     if options.json:
-        print(to_json({**_plan(sweep, trials, shared, store), "cost": cost}))
+        told = cost if isinstance(cost, str) else cost.as_json()
+        print(to_json({**_plan(sweep, trials, shared, store), "cost": told}))
         return
     print(f"{sweep.name}: {sweep.question}\n")
     for title, some in (("shared stages", shared), ("trials", [t.stage for t in trials])):
@@ -39,12 +43,13 @@ def print_dry_run(
     print("other GPUs, all settings: `raymoe plan`, with --sweep FILE of all trials")
 
 
-def _cost(trials: Sequence[Trial], job: RunFile) -> dict[str, Any] | str:
+def _cost(trials: Sequence[Trial], job: RunFile) -> SweepPlan | str:
     """The planner's words on the trials, with the GPUs of cluster.yaml, or why it has none."""
-    from raymoe.plan.cost import parsed, plan_sweep
+    from raymoe.plan.options import parse_options
+    from raymoe.plan.planner import plan_sweep
 
     try:
-        return plan_sweep(jobs_of(trials, job.execution), parsed({}, job))
+        return plan_sweep(jobs_of(trials, job.execution), parse_options({}, job))
     except InputError as error:
         return str(error)
 
