@@ -168,7 +168,7 @@ def parsed(arguments: list[str]) -> None:
 def test_raymoe_commands_are_understood(page: Path, working_folder: Path) -> None:
     problems = []
     for arguments in raymoe_commands(page):
-        if "..." in arguments:
+        if "..." in arguments or "tempered" in arguments:  # the method that docs/extending.md adds
             continue
         try:
             parsed(arguments)
@@ -297,7 +297,6 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
         "mkdocs",
         "build",
         "--strict",
-        "--quiet",
         "--site-dir",
         str(tmp_path / "site"),
     ]
