@@ -20,7 +20,7 @@ check: .venv/installed-test
 
 docs: .venv/installed-test
 	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "raymoe needs Python 3.10 or newer")'
