@@ -197,7 +197,7 @@ def test_other_commands_name_what_is_there(page: Path, working_folder: Path) -> 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     missing = []
     for words in commands(page):
-        if words[0] == "make" and len(words) == 2 and words[1] not in targets:
+        if words[0] == "make" and len(words) > 1 and words[1] not in targets:
             missing.append(shlex.join(words))
         elif words[0] == "python" and words[1].startswith(("sweeps/", "benchmarks/")):
             missing += [] if Path(words[1]).is_file() else [shlex.join(words)]
@@ -207,6 +207,15 @@ def test_other_commands_name_what_is_there(page: Path, working_folder: Path) -> 
     if page.stem not in ("CHANGELOG", "changelog", "extending"):  # these name what was, or what a reader adds
         missing += [path for path in paths if not (ROOT / path).exists()]
     assert not missing
+
+
+def test_ci_runs_what_the_makefile_has() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    runs = {name: [step.get("run", "") for step in job["steps"]] for name, job in jobs.items()}
+    made = {name: [run.split()[1] for run in steps if run.startswith("make ")] for name, steps in runs.items()}
+    assert made == {"fast": ["check", "test-fast"], "everything": ["test"]}
+    assert {target for some in made.values() for target in some} <= targets
 
 
 # ---- configuration
