@@ -209,11 +209,21 @@ def test_other_commands_name_what_is_there(page: Path, working_folder: Path) -> 
     assert not missing
 
 
+def test_the_cpu_build_of_torch_is_one_that_raymoe_takes() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (torch,) = (each for each in dependencies if each.startswith("torch>"))
+    for name in ("README.md", "docs/quickstart.md", ".github/workflows/ci.yml"):
+        (wanted,) = set(re.findall(r"--torch-backend cpu '(torch[^']*)'", (ROOT / name).read_text()))
+        assert wanted in (torch, "torch" + torch[torch.index("<") :]), name
+
+
 def test_ci_runs_what_the_makefile_has() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     runs = {name: [step.get("run", "") for step in job["steps"]] for name, job in jobs.items()}
-    made = {name: [run.split()[1] for run in steps if run.startswith("make ")] for name, steps in runs.items()}
+    made = {
+        name: [run.split()[1] for run in steps if run.startswith("make ")] for name, steps in runs.items()
+    }
     assert made == {"fast": ["check", "test-fast"], "everything": ["test"]}
     assert {target for some in made.values() for target in some} <= targets
 
