@@ -125,7 +125,7 @@ def _layer_bytes(model: PreTrainedModel, method: object, b: int) -> int:
 def settings(
     model: PreTrainedModel, job: RunFile, workers: int, micro_batch: int, counts: Counts
 ) -> Iterator[Setting]:
-    """Every ZeRO stage with each offload that it allows, with and without activation checkpointing."""
+    """Yield every ZeRO stage with each offload that it allows, with and without activation checkpointing."""
     tokens = micro_batch * job.data.max_length
     kept = {c: activations(model, job.method, job.precision, tokens, c).total for c in (False, True)}
     for stage, offload in product(range(4), ("none", "optimizer", "parameters")):
@@ -141,7 +141,7 @@ def settings(
 
 
 def _state(counts: Counts, precision: str, workers: int, stage: int, offload: str) -> int:
-    """Weights, gradients and optimizer; with ZeRO, float32 has a second copy of the weights there too."""
+    """Return bytes of weights, gradients and optimizer; with ZeRO, float32 has a second copy of the weights."""
     state = training_state(counts, precision, workers, stage)
     if stage and precision == "float32":
         state["optimizer"] += -(-counts.trained * WEIGHT_BYTES[precision] // workers)
@@ -152,7 +152,7 @@ def _state(counts: Counts, precision: str, workers: int, stage: int, offload: st
 
 
 def _buffers(counts: Counts, precision: str, workers: int, stage: int) -> int:
-    """The bucket of gradients and, under ZeRO-3, its copy and weights that other workers keep."""
+    """Return bytes of the bucket of gradients and, under ZeRO-3, its copy and weights that other workers keep."""
     weight = WEIGHT_BYTES[precision]
     gathered = min(LIVE, counts.trained + counts.frozen) * weight if stage == 3 and workers > 1 else 0
     # reduce_scatter copies a full bucket; one that takes all gradients is flushed when activations are gone
@@ -161,7 +161,7 @@ def _buffers(counts: Counts, precision: str, workers: int, stage: int) -> int:
 
 
 def _update(counts: Counts, precision: str, workers: int, stage: int) -> int:
-    """fp32 copies of gradients: flattened to be summed (ZeRO-0) or applied, scaled (ZeRO-3)."""
+    """Return bytes of fp32 copies of gradients: flattened to be summed (ZeRO-0) or applied, scaled (ZeRO-3)."""
     if stage == 0:
         return min(BUCKET, counts.trained) * 4 if workers > 1 else 0
     own = -(-counts.trained // workers)
@@ -173,7 +173,7 @@ def _update(counts: Counts, precision: str, workers: int, stage: int) -> int:
 def recommended(
     model: PreTrainedModel, job: RunFile, workers: int, memory: float, counts: Counts
 ) -> Setting | None:
-    """The setting that costs least time among those that fit USABLE of `memory` bytes, with its largest micro batch.
+    """Return the setting that costs least time and fits USABLE of `memory` bytes, with its largest micro batch.
 
     Communication (ZeRO-3) is taken to cost less than computing activations again, that less than offloading.
     """
