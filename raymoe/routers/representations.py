@@ -64,7 +64,7 @@ class Tokens:
 
 
 def choose(encoded: Encoded, method: Method, scores: Path | None, seed: int) -> Tokens:
-    """The tokens whose representations are clustered.
+    """Choose the tokens whose representations are clustered.
 
     CRSU: `token_fraction` of all tokens, uniformly without replacement. TRSU: of each task's domain all
     tokens of its most perplexing examples (the top fraction within each `task` column), or a uniform sample
@@ -115,7 +115,7 @@ def _check_tasks(tasks: Sequence[str], domains: NDArray[Any]) -> None:
 
 
 def _uniform(encoded: Encoded, records: NDArray[np.int64], count: int, group: int, seed: int) -> Tokens:
-    """At most `count` tokens of `records` (rising), uniformly without replacement, first tokens left out."""
+    """Draw at most `count` tokens of `records` (rising), uniformly without replacement, first tokens left out."""
     eligible = encoded.lengths[records] - 1
     ends = np.cumsum(eligible)
     generator = np.random.default_rng([seed, group])
@@ -139,7 +139,7 @@ def _sorted(groups: Sequence[Tokens]) -> Tokens:
 
 @torch.inference_mode()
 def extract(model: PreTrainedModel, encoded: Encoded, tokens: Tokens, point: str) -> dict[str, Tensor]:
-    """Representations of `tokens` from one packed pass over their documents.
+    """Return representations of `tokens` from one packed pass over their documents.
 
     Args:
         model: the dense model, loaded with packed attention.
@@ -176,7 +176,7 @@ def _forward(model: PreTrainedModel, tokens: NDArray[np.int32], documents: Docum
 
 @contextmanager
 def _recording(model: PreTrainedModel, point: str, rows: Tensor) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the block every pass appends, per layer, the chosen `rows` [n] of `ffn_input` and of `point`."""
+    """Append, in every pass within the block and per layer, the chosen `rows` [n] of `ffn_input` and of `point`."""
     points = family_of(model.config).points
     taken: dict[str, list[Tensor]] = {name: [] for name in ("ffn_input", point)}
 
@@ -268,7 +268,7 @@ def extract_all(
 
 
 def _shards(tokens: Tokens, bytes_per_token: int, at_least: int) -> list[tuple[int, int]]:
-    """Ranges of chosen tokens, cut between records: at most SHARD_BYTES each, and enough of them to share."""
+    """Return ranges of chosen tokens, cut between records: at most SHARD_BYTES each, and enough of them to share."""
     _, counts = np.unique(tokens.record, return_counts=True)
     largest = min(SHARD_BYTES // bytes_per_token, -(-len(tokens) // at_least))
     return _token_ranges(counts, consecutive_packs(counts, max(1, largest)))
@@ -277,7 +277,7 @@ def _shards(tokens: Tokens, bytes_per_token: int, at_least: int) -> list[tuple[i
 def _token_ranges(
     counts: NDArray[np.integer[Any]], packs: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Ranges of documents -> ranges of their tokens, of which document i has `counts[i]`."""
+    """Turn ranges of documents into ranges of their tokens, of which document i has `counts[i]`."""
     bounds = np.concatenate([[0], np.cumsum(counts)]).tolist()
     return [(bounds[first], bounds[last]) for first, last in packs]
 
@@ -320,7 +320,7 @@ class Extractor:
 
 
 def packs(tokens: Tokens, tokens_per_batch: int) -> list[tuple[int, int]]:
-    """Ranges of chosen tokens whose documents, each up to its last chosen token, make one forward pass."""
+    """Return ranges of chosen tokens whose documents, each up to its last chosen token, make one forward pass."""
     _, first, counts = np.unique(tokens.record, return_index=True, return_counts=True)
     lengths = tokens.position[first + counts - 1] + 1
     return _token_ranges(counts, consecutive_packs(lengths, tokens_per_batch))

@@ -38,7 +38,7 @@ COPIED_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "*.model", "chat_template.*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""What goes along with the weights, as glob patterns: tokenizer, generation defaults, the licence."""
+"""Glob patterns of what is copied beside the weights: tokenizer, generation defaults, licence."""
 
 
 # Writing folders

@@ -52,7 +52,7 @@ INDEX, WEIGHTS = "simoe.json", "simoe.safetensors"
 EXPORTED_DENSE = "dense"
 """Folder of the dense model inside of an exported one."""
 DIGESTED_BYTES = 4096
-"""Of every dense tensor: what tells one dense model from another."""
+"""Leading bytes of every dense tensor that its digest covers."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,7 +71,7 @@ class Masks:
     domains: Mapping[str, Sequence[float]]
     """Domain -> mean expert weights [M] of its prompts."""
     chat_template: str = "tokenizer"
-    """How prompts were rendered: `data.chat_template` of the training."""
+    """`data.chat_template` of the training, by which prompts were rendered."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class SIMoEConfig:
 
     method: SparseInterpolation
     dense_at: Location
-    """Where the dense model is; absolute."""
+    """Absolute location of the dense model."""
     dense_digest: str
     dtype: torch.dtype
-    """Of the delta, and what the model was trained in."""
+    """Dtype of the delta, in which the model was trained."""
     layout: GateLayout
     live: tuple[int, ...]
     """Live columns of every layer of `layout`."""
@@ -92,15 +92,15 @@ class SIMoEConfig:
     domains: Mapping[str, tuple[float, ...]]
     """Domain -> mean expert weights [M] of its prompts."""
     chat_template: str
-    """How prompts were rendered: `data.chat_template` of the training."""
+    """`data.chat_template` of the training, by which prompts were rendered."""
 
     @property
     def dense(self) -> Path:
-        """Folder of the dense model."""
+        """Return the dense model's folder."""
         return local(self.dense_at)
 
     def plan(self, router: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
-        """Every tensor of `simoe.safetensors`; `router`: shapes of its parameters."""
+        """Return every tensor of `simoe.safetensors`, given the shapes of the router's parameters."""
         plan = {_router_name(name): Slot.of(torch.float32, *shape) for name, shape in router.items()}
         for span, live in zip(self.layout.spans, self.live, strict=True):
             plan[f"{span.name}.columns"] = Slot.of(torch.int32, live)
@@ -110,12 +110,12 @@ class SIMoEConfig:
 
 
 def is_simoe(folder: Path) -> bool:
-    """Whether `folder` holds a SIMoE model."""
+    """True if `folder` holds a SIMoE model."""
     return (folder / INDEX).is_file()
 
 
 def simoe_config(folder: Path) -> SIMoEConfig:
-    """What the SIMoE model in `folder` says about itself.
+    """Read what the SIMoE model in `folder` says about itself.
 
     Raises:
         InputError: no SIMoE folder, a damaged one, or one of another version.
@@ -175,7 +175,7 @@ def _as_json(config: SIMoEConfig) -> dict[str, Any]:
 
 
 def _digest(spans: Mapping[str, Span]) -> str:
-    """What a dense model is: name, dtype, shape and first bytes of every tensor."""
+    """Hash name, dtype, shape and first bytes of every tensor: what identifies a dense model."""
     digest = hashlib.sha256()
     for name, span in sorted(spans.items()):
         digest.update(f"{name}\0{span.dtype}\0{span.shape}\0".encode())
@@ -185,7 +185,7 @@ def _digest(spans: Mapping[str, Span]) -> str:
 
 
 def _dense_tensors(folder: Path, config: SIMoEConfig) -> dict[str, Span]:
-    """The tensors of the dense model that the SIMoE model in `folder` belongs to.
+    """Return the tensors of the dense model that the SIMoE model in `folder` belongs to.
 
     Raises:
         InputError: it is not where it was, or it is another model.
@@ -213,7 +213,7 @@ def _dense_shape(span: GateSpan) -> tuple[int, ...]:
 
 
 def _rows_shape(span: GateSpan, rows: int) -> tuple[int, ...]:
-    """Of that many columns' parameters: [J, O], of a norm [J]."""
+    """Return the shape of that many columns' parameters: [J, O], for a norm [J]."""
     return (rows,) if span.kind == "norm" else (rows, span.owned)
 
 
@@ -254,7 +254,7 @@ def write_simoe(
 
 
 def _outline(dense: Path) -> tuple[GateLayout, int]:
-    """The gates of the dense model in a folder, and its number of parameters, without its weights."""
+    """Return the gates of the dense model in a folder and its number of parameters, without loading weights."""
     config = read_config(dense)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -262,7 +262,7 @@ def _outline(dense: Path) -> tuple[GateLayout, int]:
 
 
 def _live(gates_MG: Tensor, layout: GateLayout) -> dict[str, Tensor]:
-    """Layer -> its columns that any expert has open, rising."""
+    """Return, for each layer, its columns that any expert has open, rising."""
     alive = torch.split((gates_MG != 0).any(0), layout.widths)
     return {span.name: some.nonzero()[:, 0] for span, some in zip(layout.spans, alive, strict=True)}
 
@@ -286,7 +286,7 @@ def _described(
 def _mask_tensors(
     masks: Masks, gates_MG: Tensor, layout: GateLayout, columns: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Everything but the delta."""
+    """Yield every tensor but the delta."""
     for name, tensor in masks.router.items():
         yield _router_name(name), tensor
     for span, gates in zip(layout.spans, torch.split(gates_MG, layout.widths, 1), strict=True):
@@ -333,7 +333,7 @@ class LivePart:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
-    """`simoe.safetensors` of `folder`; InputError if it, or a tensor that is asked for, can't be read."""
+    """Open `simoe.safetensors` of `folder`; raise InputError if it, or a tensor asked for, can't be read."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             yield file
@@ -374,12 +374,12 @@ class SIMoE:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The transformers model: the dense one, unless `interpolated` has coefficients set."""
+        """Return the transformers model: the dense one, unless `interpolated` has coefficients set."""
         return self.interpolated.model
 
     @torch.no_grad()
     def expert_weights(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
-        """a [S, M] of tokenised prompts, as data are rendered: rows that add up to 1."""
+        """Return a [S, M] of tokenised prompts, rendered as data are: rows that add up to 1."""
         from raymoe.routers.prompts import represent
 
         kind = self.config.method.prompt_representation
@@ -389,13 +389,13 @@ class SIMoE:
         return a_SM
 
     def coefficients(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
-        """c = a Z [S, G] of tokenised prompts."""
+        """Return c = a Z [S, G] of tokenised prompts."""
         return self.expert_weights(prompts) @ self.gates_MG
 
 
 @contextmanager
 def _dense_again(interpolated: Interpolated) -> Iterator[None]:
-    """Within the block the model is the dense one, whatever is set or merged around it."""
+    """Make the model the dense one within the block, whatever is set or merged around it."""
     blend, merged = interpolated.blend, [layer.merged for layer in interpolated.layers]
     interpolated.clear()
     for layer in interpolated.layers:
@@ -414,7 +414,7 @@ def load_simoe(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
 ) -> SIMoE:
-    """The SIMoE model in `folder`, in evaluation mode, its weights in `dtype`, gates and router in fp32.
+    """Load the SIMoE model in `folder`, in evaluation mode, its weights in `dtype`, gates and router in fp32.
 
     Raises:
         InputError: no SIMoE folder, a damaged one, one of another version, or one whose dense model is gone
@@ -477,7 +477,7 @@ def generate_simoe(
     max_new_tokens: int,
     stop: Collection[int] = (),
 ) -> list[str]:
-    """Greedy completions of tokenised prompts; equal prompts are routed, merged and decoded once."""
+    """Return greedy completions of tokenised prompts; equal prompts are routed, merged and decoded once."""
     distinct = {prompt.tobytes(): prompt for prompt in prompts}
     c_SG = simoe.coefficients(list(distinct.values()))
     texts = generate_merged(
@@ -495,7 +495,7 @@ def generate_merged(
     max_new_tokens: int,
     stop: Collection[int] = (),
 ) -> list[str]:
-    """Greedy completions with the weights merged once per distinct row of `coefficients_SG`.
+    """Return greedy completions with the weights merged once per distinct row of `coefficients_SG`.
 
     Decoding costs what it costs with the dense model; prompts with the same row are decoded together. Of
     weights that are whole on this worker (not ZeRO-3's). `stop` as in `raymoe.models.generate.generate`.
@@ -549,7 +549,7 @@ def merge(folder: Path, out: Path, expert_weights_M: Sequence[float] | Tensor) -
 
 
 def route(folder: Path, text: str) -> list[float]:
-    """Expert weights [M] that the SIMoE model in `folder` gives a user's message, rendered as in its training.
+    """Return the expert weights [M] that the SIMoE model in `folder` gives a message, rendered as in its training.
 
     Raises:
         InputError: as `load_simoe` and `prompt_tokens`.
@@ -563,7 +563,7 @@ def route(folder: Path, text: str) -> list[float]:
 
 
 def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> NDArray[np.int32]:
-    """The tokens of `text` as a user's message, rendered as the prompts of `data` are.
+    """Tokenise `text` as a user's message, rendered as the prompts of `data` are.
 
     Raises:
         InputError: the tokenizer's chat template can't render it.
