@@ -55,7 +55,7 @@ class Contestant:
     def step(self) -> None:
         """The gradients stay, for `update` alone to be timed too."""
         self.optimizer.zero_grad()
-        self.loss().backward()
+        torch.autograd.backward(self.loss())
         self.update()
 
     def update(self) -> None:
