@@ -1,4 +1,6 @@
-"""Write docs/configuration.md from the configuration types; `--check` only says if it is stale.
+"""Write docs/configuration.md from the configuration types, and the table of docs/mlflow.md from that of metrics.
+
+`--check` writes nothing and says which of them is stale.
 
 python docs/generate.py [--check]
 """
@@ -17,9 +19,11 @@ from pydantic_core import PydanticUndefined
 
 from raymoe.config import Data, RunFile, Source
 from raymoe.methods import METHODS
+from raymoe.metrics import updated
 from raymoe.schema import Config
 
 PAGE = Path(__file__).with_name("configuration.md")
+METRICS = Path(__file__).with_name("mlflow.md")
 INTRODUCTION = """\
 <!-- Generated from raymoe/config.py and raymoe/methods.py by docs/generate.py: edit those, then `make docs`. -->
 # Configuration
@@ -184,13 +188,15 @@ def _text(docstring: str | None) -> str:
 
 
 def main() -> None:
-    """Write the page, or exit with 1 if it is stale."""
-    text = page()
+    """Write the pages that are stale, or exit with 1 if there are any."""
+    texts = {PAGE: page(), METRICS: updated(METRICS.read_text())}
+    stale = [file for file, text in texts.items() if not file.is_file() or file.read_text() != text]
     if "--check" in sys.argv[1:]:
-        if not PAGE.is_file() or PAGE.read_text() != text:
-            sys.exit(f"{PAGE.name} is stale: run `make docs`")
+        if stale:
+            sys.exit(f"{', '.join(file.name for file in stale)}: stale: run `make docs`")
         return
-    PAGE.write_text(text)
+    for file in stale:
+        file.write_text(texts[file])
 
 
 if __name__ == "__main__":

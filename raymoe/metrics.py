@@ -1,9 +1,7 @@
 """The table of metrics: what every metric that raymoe logs means, which way is better and how it is shown.
 
 It decides what `best/` is in MLflow, how sweeps are ranked, the columns of result tables and the table in
-docs/mlflow.md, which is rewritten by
-
-    python -m raymoe.metrics docs/mlflow.md
+docs/mlflow.md, which `make docs` brings up to date.
 
 A metric without a row, such as that of a method of one's own, is logged and shown as it is; since nobody said which
 way is better, it has no `best/` and no sweep is ranked by it.
@@ -13,10 +11,8 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 Moment = Literal["step", "milestone", "end"]
@@ -222,8 +218,3 @@ def updated(page: str) -> str:
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{markdown()}\n\n{END}{after}"
-
-
-if __name__ == "__main__":
-    file = Path(sys.argv[1])
-    file.write_text(updated(file.read_text()))

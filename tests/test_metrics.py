@@ -109,7 +109,7 @@ def test_the_table_covers_what_runs_log_and_holds_nothing_else(
 def test_the_page_has_the_table_of_today() -> None:
     page = (ROOT / "docs" / "mlflow.md").read_text()
     assert markdown() in page
-    assert updated(page) == page, "run `python -m raymoe.metrics docs/mlflow.md`"
+    assert updated(page) == page, "run `make docs`"
 
 
 def test_every_metric_is_in_the_page_once() -> None:

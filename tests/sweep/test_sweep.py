@@ -102,7 +102,7 @@ def test_every_method_has_three_seeds_from_the_configurations_on() -> None:
     for trial in trials:
         seeds.setdefault(trial.run.method.name, []).append(trial.run.seed)
         assert trial.run.optimization.max_steps == 7
-    assert seeds == {name: [40, 41, 42] for name in ("dense", "su", "trsu", "crsu", "simoe")}
+    assert seeds == {name: [40, 41, 42] for name in ("dense", "su", "trsu", "crsu", "drop", "simoe")}
     assert sweep.average_over == "seed"
 
 
