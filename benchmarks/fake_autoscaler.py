@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from live_cluster import Cluster  # type: ignore[import-not-found,unused-ignore]
+from live_cluster import Cluster
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """Node id of the head in Ray's fake provider."""
 
 
-class AutoscalingCluster(Cluster):  # type: ignore[misc,unused-ignore]
+class AutoscalingCluster(Cluster):
     """A head without CPUs and from 0 to a maximum of nodes of each type, by Ray's autoscaler.
 
     Args:

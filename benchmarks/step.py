@@ -55,7 +55,7 @@ class Contestant:
     def step(self) -> None:
         """Run forward and backward; gradients stay, so that `update` alone can be timed too."""
         self.optimizer.zero_grad()
-        self.loss().backward()
+        torch.autograd.backward(self.loss())
         self.update()
 
     def update(self) -> None:

@@ -4,8 +4,18 @@ The path, in the order of the folder listing::
 
     instructions -> perplexity -> representations -> clusters -> upcycle -> train -> evaluate -> report
 
-`stages.py` says what each step reads and keeps; `sweep/` runs many of them. What is imported from here is the public
-interface; it is loaded when it is first used, so that `import raymoe` costs nothing.
+`stages.py` says what each step reads and keeps; `sweep/` runs many of them. The names in `__all__` are the public
+interface; each is loaded when it is first used, so that `import raymoe` costs nothing::
+
+    import raymoe
+
+    def run(base: raymoe.Run, point: raymoe.Point) -> raymoe.Run:
+        return raymoe.replace(base, {"method.name": point["method"]})
+
+    SWEEP = raymoe.Sweep("methods", "which is best?", [{"method": "dense"}, {"method": "su"}], run)
+
+    if __name__ == "__main__":
+        raymoe.main(SWEEP)
 """
 
 from __future__ import annotations
@@ -37,7 +47,7 @@ _PUBLIC = {
     "main": "cli.sweep",
     "replace": "config",
 }
-"""Name -> the module that defines it."""
+"""Public name -> the module below raymoe that defines it."""
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -49,4 +59,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted(__all__)

@@ -1,28 +1,28 @@
 """Configuration: what decides a result (`Run`) and how it is computed (`Execution`).
 
-Precedence: default < YAML file < command line. Every part is frozen and refuses unknown keys;
-`load` reports all errors at once, one line each, naming the key, the value and what was expected.
+    load(RunFile, Path("my-run.yaml"), {"method.num_experts": 4})
+
+Precedence: default < YAML file < command line. Every part is frozen and refuses unknown keys; `load` reports all
+errors at once, one line each, naming the key, the value and what was expected. `raymoe train --help` is generated
+from these types and their docstrings.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
-    BaseModel,
     Field,
     TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
+from raymoe.keys import error_line, full_key, read_yaml, with_value
 from raymoe.methods import METHODS, Method, SparseUpcycling
 from raymoe.schema import Config, InputError
 
@@ -31,13 +31,19 @@ class LocalModel(Config):
     """Shape and training of the tiny Llama that stands in for a dense model when `model.name` is `local`."""
 
     vocab_size: int = Field(2048, ge=320)
+    """Tokens of the byte-level BPE vocabulary trained with it."""
     hidden_size: int = Field(128, ge=8)
+    """Width of the residual stream."""
     intermediate_size: int = Field(384, ge=8)
+    """Width of the FFNs."""
     num_layers: int = Field(4, ge=1)
+    """Decoder layers."""
     num_heads: int = Field(4, ge=1)
+    """Attention heads; `hidden_size` is a multiple of twice as many."""
     num_steps: int = Field(200, ge=1)
-    """Optimizer steps of its pre-training on the local corpus."""
+    """Optimizer steps of its pre-training on the embedded corpus."""
     learning_rate: float = Field(3e-3, gt=0)
+    """Peak learning rate of its pre-training."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> LocalModel:
@@ -56,27 +62,28 @@ class Model(Config):
     revision: str | None = None
     """Commit or tag of a Hugging Face id."""
     local: LocalModel = LocalModel()
+    """The model that `local` stands for."""
 
 
 class Source(Config):
-    """One source of a mixture: where its rows are, what its columns are called, how its rows are labelled."""
+    """One source of a mixture: where its rows are, how its columns are named and its rows labelled."""
 
     name: str = Field(min_length=1)
     """JSONL or parquet file, folder of them, Hugging Face id, or `local` for the embedded corpus."""
     revision: str | None = None
     """Commit or tag of a Hugging Face id."""
     subset: str | None = None
-    """Configuration of a Hugging Face id that has several."""
+    """Subset (configuration) of a Hugging Face id that has several."""
     domain: str | None = None
     """Domain of all its rows; by default each row's own, else its file's name (Hugging Face ids: `all`)."""
     task: str | None = None
     """Task of all its rows; by default each row's own, else its domain."""
     task_column: str | None = None
-    """Column of the rows' tasks, where it is not called `task`."""
+    """Column that holds each row's task, if it is not called `task`."""
     max_examples: int | None = Field(None, ge=1)
-    """Keep at most this many of its training examples (a seeded sample)."""
+    """Keep a seeded sample of at most this many of its training examples."""
     prompt: str | None = None
-    """Column of the prompt, where it is none that raymoe knows; `completion` is given with it."""
+    """Column of the prompt, if it has none of the names that raymoe knows; give `completion` too."""
     completion: str | None = None
     """Column of the completion."""
     system: str | None = None
@@ -92,7 +99,7 @@ class Source(Config):
 
 
 def _sources(value: Any) -> Any:
-    """Names and mappings as sources; one plain name, or none, as it is."""
+    """Parse names and mappings into sources; a single plain name, or None, is returned as it is."""
     given = [value] if isinstance(value, str | Mapping | Source) else value
     if value is None or (isinstance(given, list | tuple) and len(given) == 1 and isinstance(given[0], str)):
         return value if value is None else given[0]
@@ -111,19 +118,19 @@ class Data(Config):
     of them or of sources (name, revision, subset, domain, task, max_examples, prompt, completion, system)."""
     validation: str | tuple[Source, ...] | None = None
     """Held-out instructions, given as `train` is; by default each source's own dev/validation split, else a
-    share of it."""
+    share of its rows."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     """Share of a source held out where it has no split of its own."""
     revision: str | None = None
-    """Commit or tag of a single Hugging Face id; of a list every source has its own."""
+    """Commit or tag of a single Hugging Face id; in a list, each source has its own."""
     max_length: int = Field(512, ge=8)
-    """Tokens of a training sequence, into which whole examples are packed."""
+    """Tokens of a packed sequence; whole examples are packed into it."""
     max_examples: int | None = Field(None, ge=1)
-    """Keep at most this many training examples of all sources together (a seeded sample)."""
+    """Keep a seeded sample of at most this many training examples, all sources together."""
     chat_template: Literal["tokenizer", "plain"] = "tokenizer"
-    """`tokenizer`: the tokenizer's own template where it has one; `plain`: raymoe's."""
+    """`tokenizer`: the tokenizer's own template, if it has one; `plain`: raymoe's."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """What to do with a malformed, empty or too long row; skipped ones are counted and reported."""
+    """What to do with a malformed, empty or overlong row; skipped rows are counted and reported."""
 
     _as_sources = field_validator("train", "validation", mode="before")(_sources)
 
@@ -134,13 +141,13 @@ class Data(Config):
         return self
 
     def sources(self, split: Literal["train", "validation"]) -> tuple[Source, ...]:
-        """The sources that are given for `split`."""
+        """Return the sources given for `split`."""
         given = self.train if split == "train" else self.validation
         return (Source(name=given, revision=self.revision),) if isinstance(given, str) else given or ()
 
     @property
     def uses_local_corpus(self) -> bool:
-        """Whether `local` is among the sources."""
+        """True if the embedded corpus is one of the sources."""
         return any(source.name == "local" for source in (*self.sources("train"), *self.sources("validation")))
 
 
@@ -148,18 +155,27 @@ class Optimization(Config):
     """AdamW over all parameters."""
 
     learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to zero after warmup, if at all."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of the second moment."""
     epsilon: float = Field(1e-8, gt=0)
+    """Term added to the denominator for numerical stability."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this global norm."""
     batch_size: int = Field(8, ge=1)
-    """Packed sequences of `data.max_length` tokens per optimizer step, over all workers."""
+    """Packed sequences per optimizer step, over all workers."""
     num_epochs: float = Field(1.0, gt=0)
+    """Passes over the training data; a fraction stops midway."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps even if the epochs are not over."""
+    """Stop after this many optimizer steps, even if the epochs are not over."""
 
 
 class Evaluation(Config):
@@ -170,9 +186,11 @@ class Evaluation(Config):
     max_examples_per_domain: int = Field(100, ge=1)
     """Held-out examples per domain for loss and perplexity."""
     generation_domains: tuple[str, ...] = ("math",)
-    """Domains whose final answer is compared after greedy generation."""
+    """Domains measured by exact match too: the final answer of a greedy generation."""
     generation_examples: int = Field(32, ge=0)
+    """Held-out examples per such domain whose answers are generated; 0: none."""
     max_new_tokens: int = Field(96, ge=1)
+    """Tokens after which a generated answer is cut."""
 
     @model_validator(mode="after")
     def _milestones_rise(self) -> Evaluation:
@@ -189,12 +207,19 @@ class Run(Config):
     """Everything that decides a result; its hash is the trial's identity."""
 
     model: Model = Model()
+    """The dense model."""
     data: Data = Data()
+    """What it is trained and measured on."""
     method: Method = SparseUpcycling()
+    """How it becomes a Mixture-of-Experts."""
     optimization: Optimization = Optimization()
+    """How that is trained."""
     evaluation: Evaluation = Evaluation()
+    """What is measured while it trains."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """Data type of weights and activations in training."""
     seed: int = Field(0, ge=0)
+    """Seed of everything random: samples, order of the data, routers, K-means."""
 
     @model_validator(mode="before")
     @classmethod
@@ -209,44 +234,45 @@ class Execution(Config):
     """How a run is computed. Nothing here enters a hash or changes a result beyond rounding."""
 
     storage: str = Field(default_factory=lambda: os.environ.get("RAYMOE_STORAGE", "runs"))
-    """Folder or s3://bucket/prefix for stages, checkpoints and sweeps; all nodes must reach it. $RAYMOE_STORAGE."""
+    """Folder, or s3:// or gs:// prefix, of stages, checkpoints and sweeps, which all nodes must reach;
+    $RAYMOE_STORAGE if that is set."""
     address: str | None = None
-    """Ray cluster to use; by default the one of the job, else a local one."""
+    """Address of the Ray cluster; by default that of the Ray job it runs in, else a local Ray is started."""
     workers: int | tuple[int, int] | None = None
-    """Training workers of one trial: by default one per GPU of a node; on CPUs two, if the batch allows and the
-    machine has them. Two numbers, the fewest and the most: as many as there is room for, while nodes come and go."""
+    """Training workers of one trial; by default one per GPU of a node, on CPUs two where batch and machine allow.
+    Two numbers are the fewest and the most: as many as there is room for while nodes come and go."""
     resize_interval: float = Field(60.0, gt=0)
-    """Seconds between looks whether there is room for more workers. They go on from the last checkpoint."""
+    """Seconds between checks for room for more workers, which go on from the last checkpoint."""
     cpus_per_worker: int | None = Field(None, ge=1)
-    """CPUs of one training worker; by default 1 beside a GPU, else a node's CPUs divided by the workers."""
+    """CPUs of one training worker; by default 1 beside a GPU, else an equal share of the node's."""
     gpu: bool | None = None
-    """Train on GPUs; by default if the cluster has any, or its autoscaler may add some."""
+    """Train on GPUs; by default if the cluster has any or its autoscaler may add some."""
     micro_batch: int = Field(8, ge=1)
     """Packed sequences in one forward pass; gradients are accumulated up to `batch_size`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO: what is partitioned over the workers."""
+    """DeepSpeed ZeRO stage: partition optimizer state (1), gradients too (2), weights too (3) over the workers."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """Keep optimizer state, or parameters too (ZeRO-3), in host memory."""
+    """Keep optimizer state, under ZeRO-3 parameters too, in host memory."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more compute."""
     experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
-    """transformers' kernel for the experts, of those that need nothing else installed: `batched_mm` gathers the
+    """transformers' kernel for the experts, among those that need nothing else installed: `batched_mm` gathers the
     weights of every token's experts (memory!), `eager` loops over the experts."""
     simoe_form: Literal["auto", "factored", "merged"] = "auto"
-    """How SIMoE computes a linear while it trains: two products a token (`factored`), one with weights merged per
-    sample (`merged`; in bfloat16 it rounds small deltas away), or the faster that loses nothing."""
+    """How SIMoE computes a linear while it trains: `factored` takes two products a token, `merged` one with weights
+    merged per sample (in bfloat16 it rounds small deltas away), `auto` the faster that loses nothing."""
     tokens_per_batch: int = Field(2048, ge=1)
-    """Tokens of one packed forward pass in scoring and extraction."""
+    """Tokens of one packed forward pass when scoring and extracting representations."""
     scoring_actors: int | None = Field(None, ge=1)
-    """Model copies that score in parallel; by default one per GPU, else one."""
+    """Model copies that score and extract in parallel; by default one per GPU, else one."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """Optimizer steps between checkpoints, besides those at the milestones and every `checkpoint_minutes`."""
+    """Optimizer steps between checkpoints, beside those at milestones and every `checkpoint_minutes`."""
     checkpoint_minutes: float = Field(10.0, gt=0)
-    """Minutes of training after which a checkpoint is written if none was."""
+    """Minutes of training without a checkpoint after which one is written."""
     max_failures: int = Field(2, ge=-1)
-    """Worker crashes a trial survives, each time going on from its last checkpoint; -1: any number."""
+    """Worker crashes that a trial survives, each time from its last checkpoint; -1: any number."""
     max_concurrent_trials: int | None = Field(None, ge=1)
-    """Trials at the same time; by default as many as the cluster has room for."""
+    """Trials that run at the same time; by default as many as the cluster has room for."""
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -261,7 +287,7 @@ class Execution(Config):
 
     @property
     def most_workers(self) -> int | None:
-        """`workers`, of elastic ones the most."""
+        """Number of workers; of elastic ones, the most."""
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
     @model_validator(mode="after")
@@ -274,9 +300,10 @@ class Execution(Config):
 
 
 class RunFile(Run):
-    """A complete run as a YAML file or a command line gives it: `Run` and how to execute it."""
+    """A run as a YAML file or a command line gives it: `Run` and how to execute it."""
 
     execution: Execution = Execution()
+    """How the run is computed."""
 
     @model_validator(mode="after")
     def _workers_share_the_batch(self) -> RunFile:
@@ -288,7 +315,7 @@ class RunFile(Run):
         return self
 
     def run(self) -> Run:
-        """The part that decides the result, with absolute paths: workers have other working folders."""
+        """Return the part that decides the result, its paths absolute: workers have other working folders."""
         parts = {name: getattr(self, name) for name in Run.model_fields}
         model, data = self.model, self.data
         parts["model"] = model.model_copy(update={"name": _absolute(model.name)})
@@ -299,7 +326,7 @@ class RunFile(Run):
 
 
 def _absolute(name: str) -> str:
-    """A file's or folder's absolute path; a Hugging Face id, `local` and what is not there as they are."""
+    """Return the absolute path of an existing file or folder, any other name as it is."""
     path = Path(name).expanduser()
     return str(path.absolute()) if name not in ("local", "initial") and path.exists() else name
 
@@ -319,17 +346,17 @@ def load(kind: type[C], file: Path | None = None, overrides: Mapping[str, Any] |
     Raises:
         InputError: unreadable file, unknown key or wrong value; one line per problem.
     """
-    values = _read_yaml(file) if file else {}
-    given = {_qualified(kind, key): value for key, value in (overrides or {}).items()}
+    values = read_yaml(file) if file else {}
+    given = {full_key(kind, key): value for key, value in (overrides or {}).items()}
     for key in sorted(given, key=lambda k: k != "method.name"):  # first: it drops another method's settings
-        values = _with(values, key.split("."), given[key])
+        values = with_value(values, key.split("."), given[key])
     return validate(kind, values)
 
 
 def replace(config: C, changes: Mapping[str, Any]) -> C:
-    """`config` with dotted keys changed, validated.
+    """Return `config` with the values of dotted keys changed, validated.
 
-    Of another `method.name`, the settings given before (not the defaults) are kept where the new method has them.
+    If `method.name` changes, settings that were given (not the defaults) are kept where the new method has them.
 
     Raises:
         InputError: an unknown key or a wrong value.
@@ -342,104 +369,17 @@ def replace(config: C, changes: Mapping[str, Any]) -> C:
         kept = {k: v for k, v in method.items() if k in METHODS[name].model_fields and k != "name"}
         values["method"] = {"name": name, **kept}
     for key, value in changes.items():
-        values = _with(values, key.split("."), value)
+        values = with_value(values, key.split("."), value)
     return validate(type(config), values)
 
 
 def validate(kind: type[C], values: Mapping[str, Any]) -> C:
-    """Build `kind` from plain values; raises InputError naming every wrong key, one line each."""
+    """Build `kind` from plain values.
+
+    Raises:
+        InputError: every unknown key and wrong value, one line each.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError("\n".join(_line(kind, values, one) for one in error.errors())) from None
-
-
-def _qualified(kind: type[BaseModel], key: str) -> str:
-    """The full key of `num_experts`, say, where exactly one part of `kind` has such a field."""
-    if key == "method":
-        return "method.name"
-    if "." in key or key in kind.model_fields:
-        return key
-    found = _leaves_called(kind, key)
-    return found[0] if len(found) == 1 else key
-
-
-def _leaves_called(kind: type[BaseModel], key: str) -> list[str]:
-    return sorted(name for name in all_settings(kind) if name.rsplit(".", 1)[-1] == key)
-
-
-def all_settings(kind: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every setting of `kind` under its dotted name; `method` stands for all methods."""
-    leaves: dict[str, FieldInfo] = {}
-    for name, field in kind.model_fields.items():
-        if name == "method":
-            for method in METHODS.values():
-                leaves |= all_settings(method, "method.")
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            leaves |= all_settings(field.annotation, f"{prefix}{name}.")
-        else:
-            leaves[prefix + name] = field
-    return leaves
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: expected keys and values, found {type(values).__name__}")
-    return values
-
-
-def _with(values: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """`values` with `value` at `path`; naming another method drops the settings of the one before."""
-    if len(path) == 1:
-        return {**values, path[0]: value}
-    below = values.get(path[0]) or {}
-    named = below.get("name", SparseUpcycling().name) if isinstance(below, Mapping) else None
-    if path == ["method", "name"] and named not in (None, value):
-        below = {}
-    if not isinstance(below, Mapping):
-        raise InputError(f"{'.'.join(path)}: {path[0]} is {below!r}, not a group of keys")
-    return {**values, path[0]: _with(below, path[1:], value)}
-
-
-def _line(kind: type[BaseModel], values: Mapping[str, Any], error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    if location[:1] == ["method"] and location[1:2] and location[1] in METHODS:
-        del location[1]  # pydantic names the type of the method there
-    key = ".".join(location) or kind.__name__.lower()
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(kind, values, location[:-1])
-        if len(location) == 1 and issubclass(kind, Run):
-            if elsewhere := _leaves_called(kind, key):
-                problem = "ambiguous" if len(elsewhere) > 1 else "unknown key"
-                return f"{key}: {problem}, choose from {', '.join(elsewhere)}"
-            known += [leaf.rsplit(".", 1)[-1] for leaf in all_settings(kind)]
-        users = [name for name, method in METHODS.items() if location[-1] in method.model_fields]
-        if location[:-1] == ["method"] and users:
-            owner = (values.get("method") or {}).get("name", SparseUpcycling().name)
-            have = "has" if len(users) == 1 else "have"
-            return f"{key}: {owner} has no {location[-1]} ({', '.join(users)} {have})"
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "union_tag_invalid":
-        return f"{key}.name: {error['ctx']['tag']!r} is not a method: choose from {', '.join(METHODS)}"
-    given = error.get("input")
-    shown = "" if error["type"] == "value_error" and isinstance(given, Mapping) else f" (got {given!r})"
-    return f"{key}: {message}{shown}"
-
-
-def _known_keys(kind: type[BaseModel], values: Mapping[str, Any], path: Sequence[str]) -> list[str]:
-    """Field names of the part of `kind` at `path`."""
-    fields = kind.model_fields
-    for name in path:
-        if name == "method":
-            fields = METHODS[(values.get("method") or {}).get("name", "su")].model_fields
-        elif name in fields and isinstance(fields[name].annotation, type):
-            fields = fields[name].annotation.model_fields  # type: ignore[union-attr]
-    return list(fields)
+        raise InputError("\n".join(error_line(kind, values, one) for one in error.errors())) from None

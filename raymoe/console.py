@@ -1,4 +1,4 @@
-"""What a person sees: lines on stderr, tables and JSON on stdout, the reason of a failure."""
+"""Output for people: lines on stderr, tables and JSON on stdout, the reason of a failure."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def counted(number: float, noun: str) -> str:
+    """Return `1 trial`, `2 trials`."""
+    return f"{number:g} {noun}" + ("" if number == 1 else "s")
+
+
 def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print plain rows as a table, columns as in the first row."""
     from rich.table import Table
@@ -30,14 +35,14 @@ def print_rows(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def terminal() -> Console:
-    """Plain text; in a job's log as wide as it gets, so that nothing is cut."""
+    """Return a console for plain text; in a job's log it is so wide that nothing is cut."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 10_000, markup=False, highlight=False)
 
 
 def to_json(value: Any) -> str:
-    """Plain values as JSON; NaN and infinities, which JSON has no numbers for, are null."""
+    """Return plain values as JSON; NaN and infinities, which JSON has no numbers for, become null."""
     return json.dumps(_without_nan(value), indent=1, allow_nan=False)
 
 
@@ -50,12 +55,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def format_number(value: float | None) -> str:
-    """Four decimals below 100, else one; empty for None."""
+    """Format with four decimals below 100, else with one; None as nothing."""
     return "" if value is None else f"{value:.4f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def root_cause(error: BaseException | None) -> str:
-    """The innermost cause of a failure that Ray wrapped, on one line."""
+    """Return the innermost cause of a failure that Ray wrapped, on one line."""
     if error is None:
         return "unknown error"
     seen: BaseException = error
@@ -69,6 +74,6 @@ def root_cause(error: BaseException | None) -> str:
 
 
 def _of_workers(error: BaseException) -> BaseException | None:
-    """The first worker's exception of a Ray Train failure."""
+    """Return the first worker's exception of a Ray Train failure."""
     failures = getattr(error, "worker_failures", None)
     return next(iter(failures.values())) if failures else None

@@ -47,6 +47,7 @@ class Experts(MethodConfig):
     """What every sparse method shares."""
 
     num_experts: int = Field(2, ge=2)
+    """Experts per layer (N), made from copies of the dense model's FFN."""
     top_k: int = Field(1, ge=1)
     """Experts that each token visits."""
     gating: Literal["straight_through", "renormalized", "softmax"] = "straight_through"
@@ -77,6 +78,7 @@ class SparseUpcycling(Experts):
 
     name: Literal["su"] = "su"
     router_std: float = Field(0.02, gt=0)
+    """Standard deviation of the routers' random rows."""
 
 
 class Representations(Experts):

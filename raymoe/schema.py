@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 
 class InputError(Exception):
-    """What the user gave can't be used; the message is one line per problem and is all they need to see."""
+    """Input of the user's that can't be used; the message, one line per problem, is all that they are shown."""
 
 
 def added(default: Any, **constraints: Any) -> Any:
@@ -57,7 +57,7 @@ class Config(BaseModel):
 
 
 def _plain(value: Any, kind: Any) -> Any:
-    """One value for a list is a list of one; true, which a lone `--max-steps` gives, is not the number 1."""
+    """Make one value for a list a list of one, and true, which a lone `--max-steps` gives, no number."""
     if isinstance(value, bool) and {int, float} & {kind, *get_args(kind), *map(type, get_args(kind))}:
         return str(value).lower()
     return (value,) if get_origin(kind) is tuple and isinstance(value, str | int | float) else value

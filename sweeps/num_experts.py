@@ -6,7 +6,7 @@ python sweeps/num_experts.py [config.yaml] [--model.name ID --data.train FILE ..
 from raymoe import Point, Run, Sweep, main, replace
 
 METHODS = ("su", "trsu", "crsu", "simoe")
-NUM_EXPERTS = (2, 4)
+GRID: list[Point] = [{"method": method, "num_experts": n} for method in METHODS for n in (2, 4)]
 
 
 def run(base: Run, point: Point) -> Run:
@@ -19,10 +19,7 @@ def run(base: Run, point: Point) -> Run:
 SWEEP = Sweep(
     name="num_experts",
     question="which way of upcycling, with how many experts, has the lowest held-out loss at equal tokens?",
-    points=[
-        {"method": "dense", "num_experts": 1},
-        *({"method": method, "num_experts": n} for method in METHODS for n in NUM_EXPERTS),
-    ],
+    points=[{"method": "dense", "num_experts": 1}, *GRID],
     run=run,
 )
 

@@ -17,6 +17,7 @@ VARIATIONS: dict[str, list[float]] = {
     "num_experts": [1],
     "sparsity_target": [0.0],
 }
+VARIED: list[Point] = [{"setting": name, "value": v} for name, values in VARIATIONS.items() for v in values]
 
 
 def run(base: Run, point: Point) -> Run:
@@ -41,7 +42,7 @@ SWEEP = Sweep(
     points=[
         {"setting": "sparsity_target", "value": DEFAULT.sparsity_target},
         {"setting": "everything_open", "value": 1},
-        *({"setting": name, "value": value} for name, values in VARIATIONS.items() for value in values),
+        *VARIED,
     ],
     run=run,
 )

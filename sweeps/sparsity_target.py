@@ -5,7 +5,7 @@ python sweeps/sparsity_target.py [config.yaml] [--model.name ID --data.train FIL
 
 from raymoe import Point, Run, Sweep, main, replace
 
-TARGETS = (0.5, 0.75, 0.9, 0.95)
+SPARSE: list[Point] = [{"method": "simoe", "sparsity_target": share} for share in (0.5, 0.75, 0.9, 0.95)]
 
 
 def run(base: Run, point: Point) -> Run:
@@ -17,11 +17,7 @@ def run(base: Run, point: Point) -> Run:
 SWEEP = Sweep(
     name="sparsity_target",
     question="how sparse can SIMoE's experts be, and what does it gain on full fine-tuning and sparse upcycling?",
-    points=[
-        {"method": "dense"},
-        {"method": "su", "num_experts": 4, "top_k": 2},
-        *({"method": "simoe", "sparsity_target": target} for target in TARGETS),
-    ],
+    points=[{"method": "dense"}, {"method": "su", "num_experts": 4, "top_k": 2}, *SPARSE],
     run=run,
 )
 

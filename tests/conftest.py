@@ -12,6 +12,12 @@ import torch
 from support.models import FAMILIES, write_pico
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: what is left at the end is short, so that parallel workers end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated() -> Iterator[None]:
     """Nothing of the user's is read or written, and the network is not touched."""
@@ -22,9 +28,18 @@ def isolated() -> Iterator[None]:
         for name in ("TRANSFORMERS_OFFLINE", "HF_HUB_OFFLINE"):
             patch.setenv(name, "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # else every process compiles raymoe again
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYMOE_STORAGE"):
             patch.delenv(name, raising=False)
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_linear() -> Iterator[None]:
+    """DeepSpeed's ZeRO-3 puts a product of its own in the place of torch's, for the rest of the process."""
+    linear = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = linear
 
 
 @pytest.fixture(scope="session")

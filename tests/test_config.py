@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,9 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from raymoe.cli.options import help_text, parse_overrides
 from raymoe.config import Evaluation, Execution, Run, RunFile, load, replace, validate
+from raymoe.keys import parts_of
 from raymoe.methods import METHODS, ContextRepresentations, SparseUpcycling, TaskRepresentations
 from raymoe.models.moe import SparseMoE
-from raymoe.schema import InputError
+from raymoe.schema import Config, InputError
 
 
 def written(folder: Path, values: Any) -> Path:
@@ -39,10 +41,10 @@ def problems(values: dict[str, Any]) -> list[str]:
 
 def test_command_line_wins_over_yaml_over_default(tmp_path: Path) -> None:
     file = written(tmp_path, {"seed": 3, "optimization": {"batch_size": 16, "weight_decay": 0.5}})
-    job = command_line("--seed 4 --optimization.weight-decay 0.25", file)
-    assert (job.seed, job.optimization.weight_decay) == (4, 0.25)
-    assert job.optimization.batch_size == 16
-    assert job.optimization.num_epochs == RunFile().optimization.num_epochs
+    run_file = command_line("--seed 4 --optimization.weight-decay 0.25", file)
+    assert (run_file.seed, run_file.optimization.weight_decay) == (4, 0.25)
+    assert run_file.optimization.batch_size == 16
+    assert run_file.optimization.num_epochs == RunFile().optimization.num_epochs
 
 
 def test_a_method_named_in_yaml_keeps_its_settings_under_overrides(tmp_path: Path) -> None:
@@ -105,17 +107,17 @@ def test_a_word_that_belongs_to_no_option() -> None:
 
 
 def test_a_bare_key_is_the_only_part_that_has_it() -> None:
-    job = command_line("--num-experts 4 --micro-batch 2 --train x.jsonl --hidden-size 64 --no-gpu")
-    assert job.method == SparseUpcycling(num_experts=4)
-    assert job.execution == Execution(micro_batch=2, gpu=False)
-    assert (job.data.train, job.model.local.hidden_size) == ("x.jsonl", 64)
+    run_file = command_line("--num-experts 4 --micro-batch 2 --train x.jsonl --hidden-size 64 --no-gpu")
+    assert run_file.method == SparseUpcycling(num_experts=4)
+    assert run_file.execution == Execution(micro_batch=2, gpu=False)
+    assert (run_file.data.train, run_file.model.local.hidden_size) == ("x.jsonl", 64)
 
 
 def test_one_value_for_a_list_is_a_list_of_one() -> None:
-    job = command_line("--method trsu --tasks code --generation-domains math --milestones 1")
-    assert isinstance(job.method, TaskRepresentations)
-    assert job.method.tasks == ("code",)
-    assert job.evaluation == Evaluation(generation_domains=("math",), milestones=(1.0,))
+    run_file = command_line("--method trsu --tasks code --generation-domains math --milestones 1")
+    assert isinstance(run_file.method, TaskRepresentations)
+    assert run_file.method.tasks == ("code",)
+    assert run_file.evaluation == Evaluation(generation_domains=("math",), milestones=(1.0,))
 
 
 def test_numbers_as_yaml_writes_them() -> None:
@@ -371,7 +373,7 @@ def test_replace_validates_and_leaves_the_original() -> None:
 # ---- round trip, freezing, help
 
 
-JOBS = [
+RUN_FILES = [
     RunFile(),
     validate(
         RunFile,
@@ -390,19 +392,19 @@ JOBS = [
 ]
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_a_job_dumped_to_yaml_and_loaded_is_the_same(tmp_path: Path, job: RunFile) -> None:
-    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
+@pytest.mark.parametrize("run_file", RUN_FILES)
+def test_a_run_file_dumped_to_yaml_and_loaded_is_the_same(tmp_path: Path, run_file: RunFile) -> None:
+    text = yaml.safe_dump(run_file.model_dump(mode="json"), sort_keys=False)
     loaded = load(RunFile, written(tmp_path, text))
-    assert loaded == job
-    assert loaded.run() == job.run()
-    assert loaded.model_dump(mode="json") == job.model_dump(mode="json")
+    assert loaded == run_file
+    assert loaded.run() == run_file.run()
+    assert loaded.model_dump(mode="json") == run_file.model_dump(mode="json")
 
 
-def test_run_is_the_job_without_its_execution() -> None:
-    job = JOBS[1]
-    assert job.run().model_dump() == {k: v for k, v in job.model_dump().items() if k != "execution"}
-    assert type(job.run()) is Run
+def test_run_is_the_run_file_without_its_execution() -> None:
+    run_file = RUN_FILES[1]
+    assert run_file.run().model_dump() == {k: v for k, v in run_file.model_dump().items() if k != "execution"}
+    assert type(run_file.run()) is Run
 
 
 def test_configurations_are_frozen() -> None:
@@ -413,14 +415,86 @@ def test_configurations_are_frozen() -> None:
         run.method.num_experts = 3  # type: ignore[union-attr, misc]
 
 
+def groups(text: str) -> dict[str, dict[str, str]]:
+    """Title -> option -> its text, of what `--help` shows."""
+    found: dict[str, dict[str, str]] = {}
+    for group in text.split("\n\n")[1:]:
+        title, *options = re.split(r"\n  --", group)
+        entries = (" ".join(option.split()).split(" ", 1) for option in options)
+        found[title.split(":")[0]] = {name: about for name, about in entries}
+        assert len(found[title.split(":")[0]]) == len(options)
+    return found
+
+
 def test_help_names_every_key_that_the_command_line_takes() -> None:
-    options = [line.split()[0] for line in help_text().splitlines() if line.startswith("  --")]
-    assert len(options) == len(set(options))
-    assert {"--method", "--seed", "--data.max-length", "--model.local.num-layers"} <= set(options)
-    assert {"--method.tasks", "--method.token-fraction", "--execution.zero-stage"} <= set(options)
-    for key in [option[2:].replace("-", "_") for option in options if option != "--method"]:
+    shown = groups(help_text())
+    options = [name for group in shown.values() for name in group]
+    assert {"method", "seed", "data.max-length", "model.local.num-layers"} <= set(options)
+    assert {"method.tasks", "method.token-fraction", "execution.zero-stage"} <= set(options)
+    several = {name for name in options if options.count(name) > 1}
+    assert several == {"method.num-experts"}  # two meanings, two defaults
+    for key in [option.replace("-", "_") for option in options if option != "method"]:
         assert any(known(key, method) for method in METHODS), key
     assert not known("method.no_such_key", "crsu")
+
+
+def test_help_is_grouped_by_part_and_method() -> None:
+    titles = list(groups(help_text()))
+    parts = ["run", "model", "model.local", "data", "method"]
+    methods = ["su, trsu, crsu, drop", "su, drop", "trsu, crsu", "trsu", "crsu", "drop", "simoe"]
+    assert titles == [
+        *parts,
+        *(f"method {names}" for names in methods),
+        "optimization",
+        "evaluation",
+        "execution",
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_help_tells_each_methods_own_text_and_default(method: str) -> None:
+    shown = groups(help_text())
+    own = {
+        name: about
+        for title, group in shown.items()
+        if title.startswith("method ") and method in title.removeprefix("method ").split(", ")
+        for name, about in group.items()
+    }
+    fields = {name: field for name, field in METHODS[method].model_fields.items() if name != "name"}
+    assert set(own) == {f"method.{name.replace('_', '-')}" for name in fields}
+    for name, field in fields.items():
+        about = own[f"method.{name.replace('_', '-')}"]
+        assert field.description is not None
+        assert about.startswith(" ".join(field.description.split()))
+        default = field.get_default()
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            assert about.endswith(f"default: {default:g})")
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_help_fits_100_columns(method: str | None) -> None:
+    assert max(map(len, help_text(method).splitlines())) <= 100
+
+
+def test_defaults_in_help_are_values_that_the_command_line_takes() -> None:
+    """Every default that help shows, given as it is shown, changes nothing."""
+    words = {}
+    for title, group in groups(help_text()).items():
+        if not title.startswith("method"):
+            words |= {
+                name: m[1] for name, text in group.items() if (m := re.search(r"default: ([^;]*)\)$", text))
+            }
+    given = [
+        f"--{name} {value}" for name, value in words.items() if value != "none" or name.endswith("offload")
+    ]
+    assert len(given) > 40
+    assert command_line(" ".join(given)).model_dump() == RunFile().model_dump()
+
+
+@pytest.mark.parametrize(("prefix", "part"), list(parts_of(RunFile)), ids=lambda value: str(value))
+def test_every_field_has_a_docstring(prefix: str, part: type[Config]) -> None:
+    fields = {name: f for name, f in part.model_fields.items() if (prefix, name) != ("method.", "name")}
+    assert [name for name, field in fields.items() if not field.description] == []
 
 
 def known(key: str, method: str) -> bool:

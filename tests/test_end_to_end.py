@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from raymoe.config import Execution, Run, replace
+from raymoe.metrics import find
 from raymoe.stages import training
 from raymoe.storage.store import Store
 from raymoe.sweep.run import train_trial
@@ -160,6 +161,7 @@ def check_mlflow(user: User, rows: dict[str, Any]) -> None:
         assert run.info.status == row["status"]
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert set(run.data.params) == {"method", "learning_rate"}
+        assert [metric for metric in run.data.metrics if find(metric) is None] == []
     for name in ("dense-0.01", "trsu-0.01"):
         assert user.history(name, "train/loss") == [1, 2, 3, 4, 5, 6]
         assert user.history(name, "eval/loss") == [0, 3, 6]

@@ -1,1 +1,1 @@
-"""The command line: one file per verb or group of verbs; `main` reads it."""
+"""The command line: one file per verb or group of verbs; `main` knows them all."""

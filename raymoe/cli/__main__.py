@@ -1,4 +1,4 @@
-"""`python -m raymoe.cli`: the command line, as a job starts it."""
+"""`python -m raymoe.cli <verb>`: the command line, as Ray jobs start it."""
 
 from raymoe.cli.main import main
 

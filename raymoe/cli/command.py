@@ -1,58 +1,61 @@
-"""What a command line asks for, and the one place that turns failures into lines and exit codes."""
+"""What every verb shares: parse its command line, turn the user's mistakes into lines and exit codes."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from raymoe.cli.options import parse_overrides
+from raymoe.cli.options import asked_method, help_text, option_lines, parse_overrides, wrapped
 from raymoe.config import RunFile, load
 from raymoe.schema import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Command:
-    """What a command line asks for."""
+    """A parsed command line."""
 
-    job: RunFile
+    run_file: RunFile
     options: Mapping[str, Any]
+    """The verb's own options that were given, by their names."""
 
     @property
     def dry_run(self) -> bool:
-        """Print what would be done, and stop."""
+        """True if the command is to print what it would do, and stop."""
         return bool(self.options.get("dry_run"))
 
     @property
     def json(self) -> bool:
-        """Print results as JSON."""
+        """True if results are to be printed as JSON."""
         return bool(self.options.get("json"))
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: what it does, its own options (name: help) and its function, which returns the exit code."""
+    """One verb of the command line."""
 
     about: str
+    """What it does, in one line."""
     function: Callable[[Command], int]
-    options: Mapping[str, str]
+    """Does it and returns the exit code."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """Its own options and their texts."""
 
 
 FLAGS = ("dry_run", "json", "asha", "submit")
+"""Options that take no value."""
 COMMON = {
-    "dry_run": "print what would be done and what is in the store, then stop",
-    "json": "results as JSON",
+    "dry_run": "Print what would be done and what is in the store, then stop.",
+    "json": "Print results as JSON.",
 }
+"""Options of every verb."""
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run `work`; the user's mistakes become lines on stderr, an interrupt becomes exit code 130."""
+    """Run `work` and return its exit code: 2 after a user's mistake, told on stderr; 130 after an interrupt."""
     try:
         code = work()
         sys.stdout.flush()
@@ -69,7 +72,11 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def parse(arguments: list[str], options: Mapping[str, str]) -> Command:
-    """The command that `arguments` ask for; raises InputError for what is wrong with them."""
+    """Parse the arguments of a verb that has `options`.
+
+    Raises:
+        InputError: all that is wrong with them, one line each.
+    """
     file = Path(arguments.pop(0)) if arguments and not arguments[0].startswith("--") else None
     known = {**COMMON, **options}
     texts, rest = _texts(arguments, [name for name in known if name not in FLAGS])
@@ -79,7 +86,7 @@ def parse(arguments: list[str], options: Mapping[str, str]) -> Command:
 
 
 def _texts(arguments: Sequence[str], names: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """The options `names` with their values as they were typed, whatever YAML makes of them, and all else."""
+    """Split off the options `names`, whose values stay as typed, whatever YAML would make of them."""
     texts: dict[str, str] = {}
     rest: list[str] = []
     position = 0
@@ -110,7 +117,10 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
-def option_lines(options: Mapping[str, str]) -> str:
-    """A verb's own options and those of all verbs, as `--help` shows them."""
-    shown = {**options, **COMMON, "help": "this text"}
-    return "\n".join(f"  --{name.replace('_', '-'):<38} {text}" for name, text in shown.items()) + "\n"
+def verb_help(usage: str, about: str, options: Mapping[str, str], arguments: Sequence[str]) -> str:
+    """Return the help of a verb; where `arguments` name a method, of that method alone."""
+    own = option_lines(
+        {**options, **COMMON, "help": "Print this text; with --method NAME, of that method alone."}
+    )
+    head = f"usage: {usage} [config.yaml] [--key value ...]"
+    return "\n\n".join([head, wrapped(about), own, help_text(asked_method(arguments))])

@@ -1,1 +1,1 @@
-"""What there is to compute on: addresses, the connection, room, and what became of nodes."""
+"""The Ray cluster: its address, the connection, how much room it has, and what becomes of its nodes."""

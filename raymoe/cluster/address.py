@@ -1,6 +1,6 @@
-"""The addresses of Ray clusters, asked before Ray is: who answers there, and whether with the token that is here.
+"""Addresses of Ray clusters, checked before Ray connects: does a cluster answer, and does it take our token?
 
-Ray itself tries for minutes where nobody answers, and for 20 s with a wrong token.
+Ray itself tries for minutes if nobody answers, and for 20 s with a wrong token.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from raymoe.cluster.ray_internals import CLUSTER_ID_METHOD
 from raymoe.config import Execution
 from raymoe.schema import InputError
 
 JOBS = "http://127.0.0.1:8265"
-"""Where the jobs API of a head answers, and where `ray dashboard` brings it."""
+"""Address of a head's jobs API, to which `ray dashboard` forwards it, too."""
 TIMEOUT = 10
-"""Seconds until a silent address counts as one where nobody is."""
+"""Seconds after which a silent address counts as one where nobody is."""
 _COPY = "copy the head's ~/.ray/auth_token to this machine, or set RAY_AUTH_TOKEN"
 
 
 def token() -> str | None:
-    """The token that Ray's clients here would show, from the same places."""
+    """Return the token that Ray's clients here would show, from the same places; None if there is none."""
     if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return given
     try:
@@ -33,9 +34,9 @@ def token() -> str | None:
 
 
 def keep_token_private() -> None:
-    """See that there is a token in its usual place, for the user alone to read: Ray would let everyone read it."""
+    """Make sure that a token is in its usual place and only the user can read it: Ray would let everyone."""
     file = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):  # Ray says itself where it can't have one
+    with suppress(OSError):  # Ray says itself if it can't have one
         if token() is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
@@ -44,17 +45,17 @@ def keep_token_private() -> None:
 
 
 def no_token(where: str) -> InputError:
-    """The cluster at `where` wants a token, and here is none."""
+    """Return the error of a cluster that asks for a token while there is none here."""
     return InputError(f"{where} asks for a token, and there is none here: {_COPY}")
 
 
 def refused_token(where: str) -> InputError:
-    """The cluster at `where` has another token."""
+    """Return the error of a cluster that has another token."""
     return InputError(f"{where} refuses this machine's token, which is wrong or has expired: {_COPY}")
 
 
 def chosen(execution: Execution) -> tuple[str, str | None]:
-    """The address that work goes to, and which setting it comes from; None: a cluster of this machine alone."""
+    """Return (setting, address) of the cluster to work on; no address stands for a cluster of this machine alone."""
     key = "execution.address" if execution.address not in (None, "auto") else "RAY_ADDRESS"
     address = execution.address if key == "execution.address" else os.environ.get("RAY_ADDRESS")
     address = address or execution.address
@@ -62,16 +63,16 @@ def chosen(execution: Execution) -> tuple[str, str | None]:
 
 
 def check(execution: Execution) -> bool:
-    """`check_cluster` of the chosen address, if there is one to ask."""
+    """Run `check_cluster` on the chosen address; False if there is none to ask."""
     key, address = chosen(execution)
     return address is not None and address != "auto" and check_cluster(key, address)
 
 
 def check_cluster(key: str, address: str) -> bool:
-    """Whether the cluster at `address` (host:port of its head) asks for a token; the one here is then right.
+    """Return True if the cluster at `address` (host:port of its head) asks for a token, and ours is right.
 
     Raises:
-        InputError: naming `key`: no address of a cluster, nobody there, or a missing or wrong token.
+        InputError: not an address of a cluster, nobody there, or a missing or wrong token; names `key`.
     """
     if "://" in address:
         raise InputError(
@@ -91,13 +92,13 @@ def check_cluster(key: str, address: str) -> bool:
 
 
 def _asks_for_more(key: str, address: str, shown: str | None) -> bool:
-    """Ask the head for its cluster's id; whether it is kept back for want of the right token."""
+    """Ask the head for its cluster's id; True if it refuses for want of the right token."""
     import grpc
 
     metadata = [("authorization", f"Bearer {shown}")] if shown else None
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary(
-            "/ray.rpc.NodeInfoGcsService/GetClusterId",
+            CLUSTER_ID_METHOD,
             request_serializer=bytes,
             response_deserializer=bytes,
         )
@@ -111,7 +112,7 @@ def _asks_for_more(key: str, address: str, shown: str | None) -> bool:
 
 
 def _reason(error: Any) -> str:
-    """The end of gRPC's chain of reasons, on one line."""
+    """Return the last of gRPC's chain of reasons, on one line."""
     if error.code().name == "DEADLINE_EXCEEDED":
         return f"no answer in {TIMEOUT} s"
     words = " ".join(str(error.details()).split())

@@ -1,4 +1,4 @@
-"""The Ray cluster: connecting to it, and how much of it a trial takes. The only caller of `ray.init`."""
+"""Room: what a trial takes of the cluster, what the cluster has, and what an autoscaler may add to it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import yaml
 from raymoe.cluster import ray_internals
 from raymoe.cluster.ray_internals import HEAD
 from raymoe.config import Execution
+from raymoe.console import counted
 from raymoe.schema import InputError
 
 TRIAL_SLOT = "trial_slot"
-"""Custom resource of the head node: trial drivers take one each, and no CPU, so that they can't starve workers."""
+"""Custom resource of the head node. Trial drivers take one each, and no CPU: they can't starve workers."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The training workers of one trial: `count` of them; of elastic ones that is the fewest, and `most` the most."""
+    """The training workers of one trial: `count` to `most` of them, which differ for elastic trials alone."""
 
     count: int
     cpus: int
@@ -34,18 +35,21 @@ class Workers:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """Resources of each, which one node has to have."""
+        """Resources that each worker takes, all on one node."""
         return {"CPU": self.cpus, **({"GPU": 1} if self.gpu else {})}
 
 
 def uses_gpu(execution: Execution) -> bool:
-    """Whether work runs on GPUs: as configured, else if the cluster has any or may have."""
-    return _told_capacity().total("GPU") >= 1 if execution.gpu is None else execution.gpu
+    """True if work runs on GPUs: as configured, else if the cluster has any or may get some."""
+    return _known_capacity().total("GPU") >= 1 if execution.gpu is None else execution.gpu
 
 
 def trial_workers(execution: Execution, batch_size: int) -> Workers:
-    """The workers of one trial: the most that share `batch_size` evenly, up to the number configured, by default
-    up to one per GPU of one node, or two on CPUs; elastic ones as configured, and at most one per sequence."""
+    """Return the workers of one trial.
+
+    The most that share `batch_size` evenly, up to the number configured: by default one per GPU of one node, or two
+    on CPUs. Elastic ones are as configured, and at most one per sequence.
+    """
     gpu = uses_gpu(execution)
     limit = execution.workers or _worker_limit(gpu)
     if isinstance(limit, tuple):
@@ -56,7 +60,7 @@ def trial_workers(execution: Execution, batch_size: int) -> Workers:
 
 
 def decided(execution: Execution) -> Execution:
-    """`execution` with what the cluster decides filled in: a trial does not ask again, when a node may be away."""
+    """Return `execution` with what the cluster decides filled in: trials don't ask again, when a node may be away."""
     gpu = uses_gpu(execution)
     workers = execution.workers or _worker_limit(gpu)
     cpus = execution.cpus_per_worker or _cpus_of_worker(gpu, execution.most_workers or _worker_limit(gpu))
@@ -64,35 +68,37 @@ def decided(execution: Execution) -> Execution:
 
 
 def check_room(workers: Workers) -> None:
-    """Say it before anything starts if a trial's workers will never fit.
+    """Make sure, before anything starts, that a trial's workers fit.
 
     Raises:
-        InputError: not even on all nodes that the cluster's autoscaler may add.
+        InputError: they never will, not even on all nodes that the cluster's autoscaler may add.
     """
     have = capacity()
     if not have.final:
         return
     will = "may grow to" if have.autoscaler else "has"
     if workers.gpu and have.total("GPU") < 1:
-        raise InputError(f"execution.gpu: a trial needs {workers.count} GPUs, the cluster {will} 0")
+        raise InputError(
+            f"execution.gpu: a trial needs {counted(workers.count, 'GPU')}, the cluster {will} 0"
+        )
     for resource, each in workers.bundle.items():
         if (need := workers.count * each) > (total := have.total(resource)):
             raise InputError(
-                f"execution.workers: a trial needs {need:g} {resource}s, the cluster {will} {total:g}"
+                f"execution.workers: a trial needs {counted(need, resource)}, the cluster {will} {total:g}"
             )
     if (most := have.largest("CPU")) < workers.cpus:
         raise InputError(
-            f"execution.cpus_per_worker: a worker needs {workers.cpus} CPUs, the largest node has {most:g}"
+            f"execution.cpus_per_worker: a worker needs {counted(workers.cpus, 'CPU')}, the largest node has {most:g}"
         )
     if (room := have.room(workers.bundle)) < workers.count:
         raise InputError(
-            f"execution.workers: a trial needs {workers.count} workers of {_words(workers.bundle)}, and no more "
-            f"than {room} fit on the nodes that the cluster {'may have' if have.autoscaler else 'has'}"
+            f"execution.workers: a trial needs {counted(workers.count, 'worker')} of {_words(workers.bundle)}, "
+            f"and no more than {room} fit on the nodes that the cluster {'may have' if have.autoscaler else 'has'}"
         )
 
 
 def concurrent_trials(execution: Execution, workers: Workers) -> int:
-    """How many trials fit beside each other, on all nodes that there may be: waiting ones wait for nodes alone."""
+    """Return how many trials fit side by side on all nodes that there may be: others would wait for nodes alone."""
     if execution.max_concurrent_trials:
         return execution.max_concurrent_trials
     have = capacity()
@@ -102,24 +108,28 @@ def concurrent_trials(execution: Execution, workers: Workers) -> int:
 
 
 def trial_driver_resources() -> dict[str, float]:
-    """What a trial's driver takes: a slot of the head node, or a sliver of a CPU where no node has slots."""
+    """Return what a trial's driver takes: a slot of the head node, or a sliver of a CPU if no node has slots."""
     if ray.cluster_resources().get(TRIAL_SLOT):
         return {TRIAL_SLOT: 1}
     return {"CPU": 0.001}
 
 
 def _worker_limit(gpu: bool) -> int:
-    """Workers of a trial by default: what one node holds, since the network between nodes is slow."""
-    have = _told_capacity()
+    """Return a trial's default number of workers: what one node holds, since the network between nodes is slow."""
+    have = _known_capacity()
     return max(1, int(have.largest("GPU"))) if gpu else max(1, min(2, int(have.largest("CPU"))))
 
 
 def _cpus_of_worker(gpu: bool, workers: int) -> int:
-    return 1 if gpu else max(1, int(_told_capacity().largest("CPU")) // workers)
+    return 1 if gpu else max(1, int(_known_capacity().largest("CPU")) // workers)
 
 
-def _told_capacity() -> Capacity:
-    """What defaults are made from; there are none for a cluster without a node that doesn't tell what it may have."""
+def _known_capacity() -> Capacity:
+    """Return the capacity that defaults are derived from.
+
+    Raises:
+        InputError: the cluster has no worker node yet, and what it may get is not known.
+    """
     have = capacity()
     if not have.final and have.total("CPU") < 1:
         raise InputError(
@@ -130,26 +140,26 @@ def _told_capacity() -> Capacity:
 
 
 def _words(bundle: Mapping[str, float]) -> str:
-    return " and ".join(f"{amount:g} {resource}s" for resource, amount in bundle.items())
+    return " and ".join(counted(amount, resource) for resource, amount in bundle.items())
 
 
-# ---- what the cluster has, and what it may grow to
+# ---- what the cluster has, and what it may get
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The nodes that a cluster has or, with an autoscaler, may have."""
+    """The nodes that a cluster has or, with an autoscaler, may get."""
 
     nodes: tuple[Mapping[str, float], ...]
-    """Resources of every one of them."""
+    """Resources of each node."""
     most: int | None = None
-    """Nodes at the same time, where the autoscaler has a limit over all types."""
+    """Most nodes at a time, if the autoscaler limits all types together."""
     autoscaler: bool = False
     final: bool = True
-    """Whether there will never be more: not known of an autoscaler whose configuration can't be read."""
+    """False if there may be more, as with an autoscaler whose configuration can't be read."""
 
     def room(self, bundle: Mapping[str, float]) -> int:
-        """How many times `bundle` fits, each time on one node."""
+        """Return how many times `bundle` fits, each time on one node."""
         holds = (
             min(int(node.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
             for node in self.nodes
@@ -157,19 +167,19 @@ class Capacity:
         return sum(sorted(holds, reverse=True)[: self.most])
 
     def total(self, resource: str) -> float:
-        """Of all nodes together."""
+        """Return what all nodes have together."""
         return sum(sorted((node.get(resource, 0) for node in self.nodes), reverse=True)[: self.most])
 
     def largest(self, resource: str) -> float:
-        """Of the node that has most of it."""
+        """Return what the node with most of it has."""
         return max((node.get(resource, 0) for node in self.nodes), default=0)
 
 
 def capacity() -> Capacity:
-    """What the connected cluster has, or may grow to.
+    """Return what the connected cluster has, or may grow to.
 
-    Of an autoscaler's maximum the control store says nothing (the call for it answers None with autoscaler v2), so
-    its configuration is read on the head, where it is.
+    The control store does not know an autoscaler's maximum (its call for that returns None with autoscaler v2), so
+    the configuration is read on the head node.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]
     resources = tuple(node["Resources"] for node in alive)
@@ -183,7 +193,7 @@ def capacity() -> Capacity:
 
 
 def grown(config: Mapping[str, Any], head: Mapping[str, float]) -> Capacity:
-    """The head and every node that an autoscaler of this configuration may start."""
+    """Return the head and every node that an autoscaler of this configuration may start."""
     types = [
         kind for name, kind in config["available_node_types"].items() if name != config["head_node_type"]
     ]
@@ -196,7 +206,7 @@ def grown(config: Mapping[str, Any], head: Mapping[str, float]) -> Capacity:
 
 @functools.cache
 def _autoscaler(gcs_address: str, head: str) -> dict[str, Any] | None:
-    """Configuration of the cluster's autoscaler, `{}` if it has none, None if that can't be told."""
+    """Return the configuration of the cluster's autoscaler: `{}` if it has none, None if that is not known."""
     try:
         if ray.get_runtime_context().get_node_id() == head:
             return _autoscaler_here(gcs_address)
@@ -208,7 +218,7 @@ def _autoscaler(gcs_address: str, head: str) -> dict[str, Any] | None:
 
 
 def _autoscaler_here(gcs_address: str) -> dict[str, Any] | None:
-    """As `_autoscaler`, on the head node: from the file that Ray's monitor was given, or from KubeRay."""
+    """Do as `_autoscaler`, on the head node: read the file that Ray's monitor was given, or ask KubeRay."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             words = file.read_bytes().decode(errors="replace").split("\0")
@@ -223,10 +233,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _kuberay() -> dict[str, Any]:
-    """What KubeRay's autoscaler makes of the cluster's own description, which the head's pod may read."""
-    autoscaling_config, node_provider = ray_internals.kuberay_autoscaling()
+    """Derive the configuration from the cluster's own description, as KubeRay's autoscaler does in the head's pod."""
     account = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-    client = node_provider.KubernetesHttpApiClient(namespace=account.read_text().strip())
-    described = client.get(f"rayclusters/{os.environ['RAY_CLUSTER_NAME']}")
-    derived = autoscaling_config._derive_autoscaling_config_from_ray_cr(described)
-    return cast(dict[str, Any], derived)
+    client = ray_internals.kuberay_client(account.read_text().strip())
+    description = client.get(f"rayclusters/{os.environ['RAY_CLUSTER_NAME']}")
+    return ray_internals.kuberay_autoscaling_config(description)

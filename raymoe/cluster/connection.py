@@ -8,7 +8,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,16 @@ from raymoe.storage.location import Location, location, read_file, replace_file
 
 @contextmanager
 def connected(execution: Execution) -> Iterator[None]:
-    """A cluster to work on: the one this process is connected to, the given one, the job's own, or a local one.
+    """Connect to a cluster to work on: the one that this process has, the given one, the job's own, or a local one.
 
-    What was connected here is disconnected at the end of the block; a local cluster ends with it.
+    At the end of the block the connection that was made here is closed; a local cluster ends with it.
 
     Raises:
-        InputError: no cluster answers at the address, it asks for a token that is not here, or it is of another
+        InputError: no cluster answers at the address, it asks for a token that is not here, or it runs another
             version of Ray or Python.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report is throttled to this
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what nodes say stays plain in logs
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths mean the same everywhere
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")  # checkpoints come without metrics
-    # Threads that spin while they wait make a step ten times slower as soon as a core is shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield
         return
@@ -61,10 +55,22 @@ def connected(execution: Execution) -> Iterator[None]:
             ray.shutdown()
 
 
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report is throttled to this
+    "RAY_COLOR_PREFIX": "0",  # what nodes say stays plain in logs
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same everywhere
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # checkpoints come without metrics
+    # Threads that spin while they wait make a step ten times slower as soon as a core is shared.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""Set before Ray starts, unless the user did."""
+
+
 def _connect(execution: Execution) -> None:
     key, address = chosen(execution)
-    # It says on every start that the local cluster asks for a token, as it should.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    logging.getLogger(ray_internals.TOKEN_LOGGER).setLevel(logging.ERROR)
     if not address:
         _start_local()
         return
@@ -78,7 +84,7 @@ def _connect(execution: Execution) -> None:
 
 
 def _told(where: str, error: BaseException) -> InputError:
-    """Ray's reason for not connecting, on one line."""
+    """Return Ray's reason for not connecting, on one line."""
     cause: BaseException | None = error
     words = ""
     while cause:
@@ -97,7 +103,7 @@ def _told(where: str, error: BaseException) -> InputError:
 
 
 def _start_local() -> None:
-    """A cluster of this machine alone: every socket of Ray, gloo and NCCL on the loopback, with a token."""
+    """Start a cluster of this machine alone: every socket of Ray, gloo and NCCL on the loopback, with a token."""
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     keep_token_private()
@@ -113,7 +119,7 @@ def _start_local() -> None:
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """What starts in this block calls itself 127.0.0.1 and listens there alone, as Ray does by default on macOS.
+    """Within the block, let Ray start as 127.0.0.1 and listen there alone, as it does by default on macOS.
 
     On Linux Ray turns any spelling of the loopback into the machine's own address, and listens everywhere.
     """
@@ -126,12 +132,12 @@ def _on_loopback() -> Iterator[None]:
 
 
 def check_shared(storage: str) -> None:
-    """See that every node there is now reads what this process writes to the storage.
+    """Make sure that every present node reads what this process writes to the storage.
 
-    A node that an autoscaler adds later says so itself, when its worker does not find the data.
+    On a node that an autoscaler adds later, the worker says so itself when it does not find the data.
 
     Raises:
-        InputError: naming the nodes that don't.
+        InputError: some nodes don't; names them.
     """
     here = ray.get_runtime_context().get_node_id()
     nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here}
@@ -141,21 +147,26 @@ def check_shared(storage: str) -> None:
     probe = location(storage) / f".probe-{secrets.token_hex(4)}"
     replace_file(probe, content)
     try:
-        task = ray.remote(num_cpus=0, max_retries=0)(_reads)
-        asked = {id: task.options(scheduling_strategy=_on_node(id)).remote(probe, content) for id in nodes}
-        ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)
-        blind = [nodes[id] for id, answer in asked.items() if answer in ready and not _answer(answer)]
+        blind = sorted(nodes[id] for id in _blind(nodes, probe, content))
     finally:
         probe.unlink(missing_ok=True)
     if blind:
         raise InputError(
-            f"execution.storage: {storage} is not shared: {', '.join(sorted(blind))} "
+            f"execution.storage: {storage} is not shared: {', '.join(blind)} "
             f"{'does' if len(blind) == 1 else 'do'} not see what this node writes there"
         )
 
 
+def _blind(nodes: Iterable[str], probe: Location, content: bytes) -> list[str]:
+    """Return the ids of those `nodes` that do not read `content` from `probe`."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_reads)
+    asked = {id: task.options(scheduling_strategy=_on_node(id)).remote(probe, content) for id in nodes}
+    ready, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=PROBE_SECONDS)
+    return [id for id, answer in asked.items() if answer in ready and not _sees(answer)]
+
+
 PROBE_SECONDS = 60
-"""For a worker to start on every node; one that takes longer is not judged."""
+"""Seconds for a worker to start on every node; one that takes longer is not judged."""
 
 
 def _reads(probe: Location, content: bytes) -> bool:
@@ -166,8 +177,8 @@ def _reads(probe: Location, content: bytes) -> bool:
     return False
 
 
-def _answer(answer: Any) -> bool:
-    """Whether the node sees the file; one that went meanwhile is not judged."""
+def _sees(answer: Any) -> bool:
+    """True if the node sees the file; one that went meanwhile is not judged."""
     try:
         return bool(ray.get(answer))
     except (RayTaskError, OSError):
@@ -181,7 +192,7 @@ def _on_node(id: str) -> NodeAffinitySchedulingStrategy:
 
 
 def check_storage(storage: str) -> None:
-    """In a job, see that what it computes outlives it.
+    """Make sure that what a job computes outlives it.
 
     Raises:
         InputError: the storage is in the copy of the working folder, which goes with the job.

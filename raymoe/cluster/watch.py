@@ -1,7 +1,7 @@
-"""What a cluster does while a sweep runs: its nodes and trials over time; reservations that nobody can use are ended.
+"""Watch a cluster while a sweep runs: keep a timeline of nodes and trials, end reservations that nobody can use.
 
     with Watch(folder, left=lambda: 3, total=4, say=print) as watch: ...
-    watch.artifacts                                    # timeline.jsonl and, of more than one node, timeline.png
+    watch.artifacts                                    # timeline.jsonl and, with more than one node, timeline.png
 
 A thread of the driver asks Ray's control store every two seconds; nothing runs where models train.
 """
@@ -31,35 +31,35 @@ TIMELINE = "timeline.jsonl"
 INTERVAL = 2.0
 """Seconds between two looks."""
 WRITE_EVERY = 10.0
-"""Seconds between two writes of the timeline, where it has changed."""
+"""Seconds between two writes of a timeline that changes."""
 LEAK_AFTER = 10.0
-"""Seconds for which a placement group may outlive what made it: Ray's own cleaner takes some."""
+"""Seconds for which a placement group may outlive its maker: Ray's own cleaner takes some."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A placement group that is or waits to be placed."""
+    """A placement group, placed or waiting for room."""
 
     id: str
     bundles: tuple[Mapping[str, float], ...]
     placed: bool
     lost: bool
-    """Whether what made it has ended, so that nobody will use or remove it."""
+    """True if its maker has ended, so that nobody will use or remove it."""
     ours: bool
-    """Whether it was made in this job."""
+    """True if it was made in this job."""
     detached: bool
-    """Whether it was made to outlive its job, which raymoe never does."""
+    """True if it was made to outlive its job, which raymoe never does."""
 
     @property
     def of_workers(self) -> bool:
-        """Of a trial's training workers, not of its driver."""
+        """True if it is for a trial's training workers, not for its driver."""
         return all(b.get("CPU", 0) >= 1 or b.get("GPU", 0) >= 1 for b in self.bundles) and not any(
             TRIAL_SLOT in b for b in self.bundles
         )
 
     @property
     def holds(self) -> str:
-        """`2 CPU, 1 GPU`"""
+        """What it reserves: `2 CPU, 1 GPU`."""
         total: Counter[str] = Counter()
         for bundle in self.bundles:
             total.update(bundle)
@@ -67,13 +67,15 @@ class Group:
 
 
 class Watch:
-    """Keeps the timeline of a sweep as long as its block lasts, and ends placement groups that have leaked.
+    """Keeps the timeline of a sweep while its block lasts, and ends placement groups that have leaked.
 
     Args:
-        folder: of the sweep, where the timeline is; that of an earlier attempt is continued.
-        left: how many trials have not ended yet.
+        folder: folder of the sweep for the timeline; that of an earlier attempt is continued.
+        left: returns how many trials have not ended yet.
         total: number of trials of this attempt.
         say: takes a line for the user.
+        interval: seconds between two looks.
+        leak_after: seconds for which a placement group may outlive its maker.
     """
 
     def __init__(
@@ -132,9 +134,9 @@ class Watch:
                 self._write(now)
 
     def _end_leaks(self, lost: Iterable[Group], now: float) -> None:
-        """Remove what nobody can use any more: else the next trial waits for it for ever.
+        """Remove groups that nobody can use any more: else the next trial waits for them for ever.
 
-        Ray Train's controller leaves its group behind where it is killed together with Ray's own cleaner.
+        Ray Train's controller leaves its group behind if it is killed together with Ray's own cleaner.
         """
         since = {group.id: self._lost.get(group.id, now) for group in lost}
         for group in lost:
@@ -169,7 +171,7 @@ class Watch:
 
 
 def sample(groups: Sequence[Group], left: int, total: int) -> dict[str, Any]:
-    """Nodes alive by type, and trials that train, wait and have ended; reservations of this job."""
+    """Return living nodes by type, trials that train, wait and have ended, and this job's placement groups."""
     training = min(left, sum(group.ours and group.placed and group.of_workers for group in groups))
     return {
         "nodes": dict(sorted(Counter(_type(n) for n in ray.nodes() if n["Alive"]).items())),
@@ -187,13 +189,13 @@ def _type(node: Mapping[str, Any]) -> str:
 
 
 def placement_groups() -> list[Group]:
-    """Those that are not removed, of all jobs."""
+    """Return the placement groups of all jobs, without removed ones."""
     job = ray.get_runtime_context().get_job_id()
     return [_group(data, job) for data in ray_internals.placement_group_table()]
 
 
 def _group(data: Any, job: str) -> Group:
-    """A group outlives the actor that made it until its job ends, a detached one the job, too."""
+    """Read a record: a group outlives the actor that made it until its job ends, a detached one the job, too."""
     by_driver = not data.creator_actor_id.strip(b"\xff")  # no actor made it
     ours = data.creator_job_id.hex() == job
     nobody = data.creator_job_dead and (by_driver or data.creator_actor_dead)
@@ -208,7 +210,7 @@ def _group(data: Any, job: str) -> Group:
 
 
 def drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The picture of a timeline, as PNG."""
+    """Return the picture of a timeline, as PNG."""
     from raymoe.analysis.figures import DPI, timeline
 
     stream = io.BytesIO()

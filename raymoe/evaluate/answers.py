@@ -1,4 +1,4 @@
-"""Exact match: the final number of a generated answer."""
+"""Exact match: compare the final numbers of two answers, however they are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ NUMBER = re.compile(
 
 
 def final_answer(text: str) -> str | None:
-    """The number after the last `####`, else the last number of the text, as a whole number or fraction."""
+    """Return the number after the last `####`, else the last of the text, as a whole number or fraction.
+
+    None if there is no number.
+    """
     _, marked, tail = text.rpartition("####")
     numbers: list[str] = NUMBER.findall(tail if marked else text)
     if not numbers:
@@ -27,6 +30,6 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(text: str, reference: str) -> bool:
-    """Whether both end in the same final answer; a text without a number is never right."""
+    """True if both end in the same number; a text without a number is never right."""
     answer = final_answer(text)
     return answer is not None and answer == final_answer(reference)

@@ -1,4 +1,9 @@
-"""Measure a model folder: any of transformers', or a SIMoE one."""
+"""Measure a model folder on encoded held-out instructions: any that stock transformers loads, or a SIMoE one.
+
+    raymoe evaluate my-run.yaml --model-folder some/model
+
+The data are those of the run; so is the precision.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raymoe.config import Run
 from raymoe.data.instructions import Encoded
@@ -19,6 +21,7 @@ from raymoe.evaluate.held_out import Evaluator
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.packed_attention import PACKED_ATTENTION
 from raymoe.schema import InputError
+from raymoe.upcycle.simoe import is_simoe, load_simoe
 
 
 def check_tokenizer(model_folder: Path, encoded_with: Path) -> None:
@@ -30,7 +33,8 @@ def check_tokenizer(model_folder: Path, encoded_with: Path) -> None:
     try:
         own = AutoTokenizer.from_pretrained(model_folder, local_files_only=True).get_vocab()
     except (OSError, ValueError) as error:
-        raise InputError(f"--model-folder: no tokenizer in {model_folder}: {_first_line(error)}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--model-folder: no tokenizer in {model_folder}: {reason}") from None
     if own != AutoTokenizer.from_pretrained(encoded_with, local_files_only=True).get_vocab():
         raise InputError(
             f"--model-folder: the tokenizer in {model_folder} has another vocabulary than that in "
@@ -38,41 +42,41 @@ def check_tokenizer(model_folder: Path, encoded_with: Path) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def evaluate_folder(model_folder: Path, instructions: Path, run: Run) -> dict[str, float]:
-    """Measure the model in a folder on encoded held-out instructions.
+    """Return the held-out metrics of the model in a folder, in the precision of `run`, on a GPU if there is one.
 
-    A Hugging Face folder is loaded by stock transformers, a SIMoE folder by `raymoe.upcycle.simoe`.
+    Args:
+        model_folder: what `raymoe export` writes, or any causal language model.
+        instructions: output of the instructions stage; its held-out part is measured.
+        run: says what is measured.
     """
-    from raymoe.upcycle.simoe import is_simoe  # it generates with this module
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
-    if is_simoe(model_folder):
-        return _evaluate_simoe(model_folder, instructions, run, dtype, device)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True
-    ).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
     held_out = Encoded.load(instructions / "validation")
+    measure = _measure_simoe if is_simoe(model_folder) else _measure_stock
+    return measure(model_folder, held_out, run, dtype, device)
+
+
+def _measure_stock(
+    folder: Path, held_out: Encoded, run: Run, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=PACKED_ATTENTION, local_files_only=True
+    ).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     evaluator = Evaluator(run.evaluation, held_out, tokenizer, max_length=run.data.max_length)
     return evaluator.measure(CausalLoss(model), model)
 
 
-def _evaluate_simoe(
-    folder: Path, instructions: Path, run: Run, dtype: torch.dtype, device: torch.device
+def _measure_simoe(
+    folder: Path, held_out: Encoded, run: Run, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    from raymoe.upcycle.simoe import load_simoe
-
     simoe = load_simoe(folder, dtype, device, PACKED_ATTENTION)
-    held_out = Encoded.load(instructions / "validation")
 
     @contextmanager
-    def applied(records: Sequence[int], batch: Batch | None) -> Iterator[None]:
-        c_SG = simoe.coefficients([held_out.prompt(r) for r in records])
+    def applied(examples: Sequence[int], batch: Batch | None) -> Iterator[None]:
+        """Make the model that of the prompts of `examples`."""
+        c_SG = simoe.coefficients([held_out.prompt(example) for example in examples])
         with simoe.interpolated.applied(c_SG, *((batch.documents, batch.input_ids.numel()) if batch else ())):
             yield
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymoe.config import LocalModel, Model
+from raymoe.methods import Experts
+from raymoe.models.families import FAMILIES, sparse_config
 from raymoe.schema import InputError
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""Dense `model_type`s whose blocks a standard Mixture-of-Experts class can hold."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -36,7 +36,7 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def resolve(model: Model) -> Path:
-    """The folder of the dense model that is named; a hub's model is downloaded unless it is in the cache.
+    """Return the folder of the dense model that is named; a hub's model is downloaded unless it is in the cache.
 
     Raises:
         InputError: no such model, or one that raymoe can't start from; one line.
@@ -50,7 +50,7 @@ def resolve(model: Model) -> Path:
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """What decides a model's content: a folder's `fingerprint`, or a hub id and its revision.
+    """Return what identifies a model's content: a folder's `fingerprint`, or a hub id and its revision.
 
     The network is not touched: without a revision, a hub model that changes keeps its identity.
 
@@ -65,7 +65,7 @@ def identity(model: Model) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """Content hash of a model folder's small files; name, size and modification time (ns) of its weights."""
+    """Return a content hash of a model folder's small files; name, size and modification time (ns) of its weights."""
     small = sorted(
         f for f in folder.iterdir() if f.suffix in (".json", ".jinja", ".model", ".txt") and f.is_file()
     )
@@ -81,13 +81,13 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 
 
 def dimensions(folder: Path) -> tuple[int, int]:
-    """Number of layers and width D of the model in `folder`."""
+    """Return the number of layers and the width D of the model in `folder`."""
     config = _read_config(folder)
     return int(config["num_hidden_layers"]), int(config["hidden_size"])
 
 
 def check_folder(folder: Path) -> None:
-    """Raises InputError unless `folder` holds a supported dense model, its tokenizer and all its weights."""
+    """Raise InputError unless `folder` holds a supported dense model, its tokenizer and all its weights."""
     config = _read_config(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise InputError(f"model.name: {folder} has no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
@@ -96,7 +96,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_supported(config: PretrainedConfig | Mapping[str, Any]) -> None:
-    """Raises InputError unless `config` (or the values of a config.json) is of a `SUPPORTED` dense model."""
+    """Raise InputError unless `config` (or the values of a config.json) is of a dense model of a known family."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     kind = str(values.get("model_type"))
     architectures = values.get("architectures") or []
@@ -106,9 +106,9 @@ def check_supported(config: PretrainedConfig | Mapping[str, Any]) -> None:
         )
     if kind == "mixtral" or kind.endswith("moe"):
         raise InputError(f"model.name: already a Mixture-of-Experts ({kind}): give a dense model")
-    if kind not in SUPPORTED:
+    if kind not in FAMILIES:
         raise InputError(
-            f"model.name: architecture {kind} is not supported: choose from {', '.join(SUPPORTED)}"
+            f"model.name: architecture {kind} is not supported: choose from {', '.join(FAMILIES)}"
         )
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise InputError(f"model.name: {', '.join(map(str, architectures))} is not a causal language model")
@@ -116,15 +116,21 @@ def check_supported(config: PretrainedConfig | Mapping[str, Any]) -> None:
         raise InputError(
             "model.name: the weights are quantised: give the model in float32, bfloat16 or float16"
         )
-    for bias in ("attention_bias", "mlp_bias"):
-        if kind == "llama" and values.get(bias):
-            raise InputError(
-                f"model.name: {kind} with {bias} is not supported: Mixtral, as which it is exported, has none"
-            )
+    if refusal := FAMILIES[kind].refusal(values):
+        setting, reason = refusal
+        raise InputError(f"model.name: {kind} with {setting} is not supported: {reason}")
+
+
+def check_upcycling(folder: Path, method: Experts) -> None:
+    """Raise InputError unless a stock sparse class computes what `method` makes of the dense model in `folder`."""
+    from transformers import AutoConfig
+
+    check_supported(_read_config(folder))
+    sparse_config(AutoConfig.from_pretrained(folder, local_files_only=True), method)
 
 
 def _local_folder(model: Model) -> Path | None:
-    """The folder that `model` names, or None for a hub id."""
+    """Return the folder that `model` names, or None for a hub id."""
     if model.name in ("local", "initial"):
         raise ValueError(f"{model.name} is a stage's output, not a folder or a Hugging Face id")
     path = os.path.expanduser(model.name)
@@ -169,7 +175,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path) -> None:
-    """All shards are there and are safetensors files of the size that their headers say."""
+    """Raise InputError unless all shards are there and as long as their safetensors headers say."""
     from safetensors import SafetensorError, safe_open
 
     files = {file.name for file in folder.glob("*.safetensors")}
@@ -223,7 +229,7 @@ def write_initial(folder: Path, corpus: Path, shape: LocalModel, max_length: int
 
 
 def _train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in which every digit is a token, so that arithmetic can be learnt."""
+    """Train a byte-level BPE in which every digit is a token, so that arithmetic can be learnt."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -245,15 +251,15 @@ def _train_tokenizer(corpus: Path, vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _texts(corpus: Path) -> Iterator[str]:
-    """The training instructions with the headings of the plain template, which so become tokens too."""
+    """Yield the training instructions with the plain template's headings, so that these become tokens too."""
     for file in sorted(corpus.glob("*.train.jsonl")):
         for line in file.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            yield f"### Instruction:\n{record['prompt']}\n\n### Response:\n{record['completion']}"
+            row = json.loads(line)
+            yield f"### Instruction:\n{row['prompt']}\n\n### Response:\n{row['completion']}"
 
 
 def local_config(shape: LocalModel, **settings: Any) -> LlamaConfig:
-    """The Llama of `shape`; `settings` are what its tokenizer and data decide."""
+    """Return the Llama config of `shape`; `settings` are what its tokenizer and data decide."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

@@ -94,10 +94,20 @@ class InterpolatedLinear(InterpolatedLayer):
 
 
 class InterpolatedNorm(InterpolatedLayer):
-    """A norm of the dense model's own class with weight w + c * delta; `weight` and `delta` are [D]."""
+    """A norm of the dense model's own class with weight w + c * delta; `weight` and `delta` are [D].
 
-    def __init__(self, norm: nn.Module, owner: Callable[[], Blend | None], index: int) -> None:
+    `scales_in_fp32`: that class rounds after it has scaled, not before (as OLMo-2's does).
+    """
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        owner: Callable[[], Blend | None],
+        index: int,
+        scales_in_fp32: bool = False,
+    ) -> None:
         super().__init__(owner, index)
+        self.scales_in_fp32 = scales_in_fp32
         self.weight = norm._parameters.pop("weight")  # type: ignore[assignment]
         self.delta = nn.Parameter(torch.zeros_like(self.weight))
         self._norm = (norm,)  # in a tuple, so that it is not a submodule: its weight is passed to it
@@ -108,7 +118,7 @@ class InterpolatedNorm(InterpolatedLayer):
         if self.merged is not None or blend is None:
             return self._normed(x, self.weight if self.merged is None else self.merged)
         samples = blend.samples if blend.samples is not None else _rows(x[..., 0, :] if x.dim() > 3 else x)
-        n = self._normed(x, 1.0)
+        n = self._normed(x.float() if self.scales_in_fp32 else x, 1.0)
         y: Tensor = _Scaled.apply(  # type: ignore[no-untyped-call]
             n.reshape(len(samples), -1, n.shape[-1]),
             self.weight,
@@ -116,7 +126,7 @@ class InterpolatedNorm(InterpolatedLayer):
             blend.parts[self.index],
             samples,
         )
-        return y.view(n.shape)
+        return y.view(n.shape).to(x.dtype)
 
     def _normed(self, x: Tensor, weight: Tensor | float) -> Tensor:
         (norm,) = self._norm

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from raymoe.methods import Experts
-from raymoe.models.dense import SUPPORTED
+from raymoe.models.families import layout_of, sparse_config
 from raymoe.schema import InputError
 
 
@@ -71,23 +71,28 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Linear router: `weight` [N, D]; its softmax is taken in fp32, as transformers does."""
+    """Linear router: `weight` [N, D]; its softmax is taken in fp32, as transformers does.
 
-    def __init__(self, weight_ND: Tensor, top_k: int, gating: str) -> None:
+    `in_fp32`: its logits too, where the family's sparse class computes them so.
+    """
+
+    def __init__(self, weight_ND: Tensor, top_k: int, gating: str, in_fp32: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_ND)
         self.top_k = top_k
         self.gating = gating
+        self.in_fp32 = in_fp32
 
     def forward(self, x_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [S, N], gate values [S, K] in fp32 and expert ids [S, K] (eq. 1)."""
-        logits_SN = nn.functional.linear(x_SD, self.weight)
+        """Return logits [S, N], gate values [S, K] in fp32 and expert ids [S, K] (eq. 1)."""
+        x_SD, weight_ND = (x_SD.float(), self.weight.float()) if self.in_fp32 else (x_SD, self.weight)
+        logits_SN = nn.functional.linear(x_SD, weight_ND)
         p_SN = logits_SN.softmax(-1, dtype=torch.float32)
         p_SK, expert_ids_SK = p_SN.topk(self.top_k, dim=-1)
         return logits_SN, GATINGS[self.gating](p_SK), expert_ids_SK
 
     def extra_repr(self) -> str:
-        """Shape, top_k and gating."""
+        """Return shape, top_k and gating."""
         return f"{tuple(self.weight.shape)}, top_k={self.top_k}, gating={self.gating}"
 
 
@@ -113,10 +118,11 @@ class SparseMoE(nn.Module):
         experts_implementation: str,
         layer: int = 0,
         start: ExpertStart | None = None,
+        router_in_fp32: bool = False,
     ) -> SparseMoE:
-        """N copies of the dense FFN `mlp` of `layer`, or what `start` makes of it, behind the router rows given.
+        """Return N copies of the dense FFN `mlp` of `layer`, or what `start` makes of it, behind the router rows.
 
-        On the device and in the dtype of `mlp`.
+        It is on the device and in the dtype of `mlp`.
         """
         dense = FFN(*(getattr(mlp, name).weight.detach() for name in FFN._fields))
         gate_up_NFD = torch.cat([dense.gate_proj, dense.up_proj]).repeat(method.num_experts, 1, 1)
@@ -129,7 +135,8 @@ class SparseMoE(nn.Module):
         experts = _empty_experts(mlp, method.num_experts, experts_implementation)
         experts.gate_up_proj, experts.down_proj = nn.Parameter(gate_up_NFD), nn.Parameter(down_NDF)
         rows_ND = router_ND.detach().to(dense.down_proj, copy=True)
-        return cls(Router(rows_ND, method.top_k, method.gating), experts).train(mlp.training)
+        gate = Router(rows_ND, method.top_k, method.gating, router_in_fp32)
+        return cls(gate, experts).train(mlp.training)
 
     @property
     def num_experts(self) -> int:
@@ -151,7 +158,7 @@ class SparseMoE(nn.Module):
         return y_SD.view_as(x_WTD)
 
     def take_routing(self) -> Routing:
-        """The last forward's routing, forgotten here so that its graph lives as long as the caller's loss.
+        """Return the last forward's routing, forgotten here so that its graph lives as long as the caller's loss.
 
         Take it before the backward pass. Under gradient checkpointing it must be the non-reentrant kind.
         """
@@ -162,7 +169,7 @@ class SparseMoE(nn.Module):
 
 
 def _empty_experts(mlp: Any, num_experts: int, implementation: str) -> nn.Module:
-    """transformers' stacked experts for an FFN like `mlp`, without memory for their parameters yet."""
+    """Return transformers' stacked experts for an FFN like `mlp`, without memory for their parameters yet."""
     width, ffn_width = mlp.down_proj.weight.shape
     config = SimpleNamespace(
         num_local_experts=num_experts,
@@ -177,7 +184,7 @@ def _empty_experts(mlp: Any, num_experts: int, implementation: str) -> nn.Module
 
 
 def _recomputing() -> bool:
-    """Inside a backward pass, where gradient checkpointing repeats forwards whose routing was taken."""
+    """True inside a backward pass, where gradient checkpointing repeats forwards whose routing was taken."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -197,23 +204,23 @@ def upcycle_model(
     `raymoe.upcycle.checkpoint` writes the sparse one.
 
     Raises:
-        InputError: a model type not in SUPPORTED, an FFN with biases, or router rows of another shape.
+        InputError: no stock sparse class computes what this model and gating would, or router rows of another
+            shape.
     """
+    in_fp32 = layout_of(model.config, method).router_in_fp32
+    sparse_config(model.config, method)  # what could not be exported is refused before it is trained
+    _check_shape(model.config, router_LND, method)
     layers = model.get_decoder().layers
-    _check(model.config, router_LND, method)
     for number, (layer, router_ND) in enumerate(zip(layers, router_LND, strict=True)):
-        layer.mlp = SparseMoE.from_dense(layer.mlp, router_ND, method, experts_implementation, number, start)
+        layer.mlp = SparseMoE.from_dense(
+            layer.mlp, router_ND, method, experts_implementation, number, start, in_fp32
+        )
         if on_layer is not None:
             on_layer(layer.mlp)
     return model
 
 
-def _check(config: Any, router_LND: Tensor, method: Experts) -> None:
-    model_type = getattr(config, "model_type", None)
-    if model_type not in SUPPORTED:
-        raise InputError(f"model: can't upcycle {model_type!r}, only {', '.join(SUPPORTED)}")
-    if getattr(config, "mlp_bias", False):
-        raise InputError("model: its FFN has biases (mlp_bias), which no standard sparse model has")
+def _check_shape(config: Any, router_LND: Tensor, method: Experts) -> None:
     expected = (config.num_hidden_layers, method.num_experts, config.hidden_size)
     if tuple(router_LND.shape) != expected:
         raise InputError(
@@ -222,12 +229,12 @@ def _check(config: Any, router_LND: Tensor, method: Experts) -> None:
 
 
 def sparse_layers(model: nn.Module) -> list[SparseMoE]:
-    """Every sparse layer of `model`, first layer first; empty for a dense model."""
+    """Return every sparse layer of `model`, first layer first; empty for a dense model."""
     return [module for module in model.modules() if isinstance(module, SparseMoE)]
 
 
 def load_balancing_loss(logits_LWTN: Tensor, mask_WT: Tensor, top_k: int) -> Tensor:
-    """N * sum_i f_i P_i (eq. 3 and 4 without alpha): a scalar, 1 when balanced, N when all tokens agree.
+    """Return N * sum_i f_i P_i (eq. 3 and 4 without alpha): a scalar, 1 when balanced, N when all tokens agree.
 
     P_i is the mean probability of expert i; f_i is the share of tokens whose argmax is i. With top_k > 1, f_i
     counts all k choices and is divided by k, so that the f_i add up to 1 and the balanced loss stays 1 (in
@@ -254,14 +261,14 @@ def load_balancing_loss(logits_LWTN: Tensor, mask_WT: Tensor, top_k: int) -> Ten
 
 
 def tokens_per_expert(expert_ids_LWTK: Tensor, mask_WT: Tensor, num_experts: int) -> Tensor:
-    """How many real tokens visited each expert: integers [L, N], each row adding up to K * tokens."""
+    """Count the real tokens that visited each expert: integers [L, N], each row adding up to K * tokens."""
     ids_LS = expert_ids_LWTK.flatten(1)
     counted_LS = mask_WT.unsqueeze(-1).expand(expert_ids_LWTK.shape).flatten(1).long()
     return ids_LS.new_zeros(len(ids_LS), num_experts).scatter_add(1, ids_LS, counted_LS)
 
 
 def routing_entropy(logits_LWTN: Tensor, mask_WT: Tensor) -> Tensor:
-    """Mean entropy of the router's distribution over real tokens, in nats, per layer [L]; at most log N."""
+    """Return the router's mean entropy over real tokens, in nats, per layer [L]; at most log N."""
     log_p_LWTN = logits_LWTN.detach().log_softmax(-1, dtype=torch.float32)
     entropy_LWT = -(log_p_LWTN.exp() * log_p_LWTN).sum(-1)
     return (entropy_LWT * mask_WT).sum((1, 2)) / mask_WT.sum().clamp(min=1)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from raymoe.data.packing import Batch, Documents
+from raymoe.models.families import logits_divisor
 
 PACKED_ATTENTION = "raymoe_packed"
 
@@ -202,18 +203,28 @@ def completion_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     hidden = hidden.flatten(0, 1).index_select(0, batch.targets)
     labels = batch.labels.flatten().index_select(0, batch.targets)
     chunks = -(-batch.input_ids.numel() * model.config.vocab_size // LOGITS_PER_CHUNK)
-    return token_losses(model.get_output_embeddings(), hidden, labels, chunks)
+    return token_losses(model.get_output_embeddings(), hidden, labels, chunks, logits_divisor(model.config))
 
 
-def token_losses(head: nn.Module, hidden: Tensor, labels: Tensor, chunks: int = 1) -> Tensor:
-    """Return the cross-entropy [C] (float32) of `head` on `hidden` [C, D] and `labels` [C], in `chunks` parts."""
+def token_losses(
+    head: nn.Module, hidden: Tensor, labels: Tensor, chunks: int = 1, divisor: float = 1.0
+) -> Tensor:
+    """Return the cross-entropy [C] (float32) of `head` on `hidden` [C, D] and `labels` [C], in `chunks` parts.
+
+    The head's output is divided by `divisor`.
+    """
     if chunks == 1:
-        return _chunk_losses(head, hidden, labels)
+        return _chunk_losses(head, hidden, labels, divisor)
     parts = zip(hidden.tensor_split(chunks), labels.tensor_split(chunks), strict=True)
     if torch.is_grad_enabled():
-        return torch.cat([checkpoint(_chunk_losses, head, h, y, use_reentrant=False) for h, y in parts])
-    return torch.cat([_chunk_losses(head, h, y) for h, y in parts])
+        return torch.cat(
+            [checkpoint(_chunk_losses, head, h, y, divisor, use_reentrant=False) for h, y in parts]
+        )
+    return torch.cat([_chunk_losses(head, h, y, divisor) for h, y in parts])
 
 
-def _chunk_losses(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="none")
+def _chunk_losses(head: nn.Module, hidden: Tensor, labels: Tensor, divisor: float) -> Tensor:
+    logits = head(hidden)
+    if divisor != 1:  # in the model's dtype, as transformers does
+        logits = logits / divisor
+    return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raymoe.data.packing import Documents
+from raymoe.models.families import family_of
 from raymoe.models.gates import GateLayout, gate_layout
 from raymoe.models.interpolated import (
     Blend,
@@ -140,7 +141,7 @@ def interpolate(model: PreTrainedModel, on_layer: Callable[[nn.Module], None] | 
     Raises:
         InputError: some modules with parameters are neither known linears nor norms; names all of them.
     """
-    layout = gate_layout(model)
+    scales_in_fp32, layout = family_of(model.config).norms_scale_in_fp32, gate_layout(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layers: list[InterpolatedLayer] = []
@@ -151,7 +152,10 @@ def interpolate(model: PreTrainedModel, on_layer: Callable[[nn.Module], None] | 
 
     for index, span in enumerate(layout.spans):
         dense = model.get_submodule(span.name)
-        made = (InterpolatedNorm if span.kind == "norm" else InterpolatedLinear)(dense, blend, index)
+        if span.kind == "norm":
+            made: InterpolatedLayer = InterpolatedNorm(dense, blend, index, scales_in_fp32)
+        else:
+            made = InterpolatedLinear(dense, blend, index)
         model.set_submodule(span.name, made)
         layers.append(made)
         last = index + 1 == len(layout.spans) or layout.spans[index + 1].layer != span.layer

@@ -13,9 +13,10 @@ Shape letters: L layers, n chosen tokens, N packed tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import AutoConfig, PreTrainedModel
 from raymoe.data.instructions import Encoded
 from raymoe.data.packing import Documents
 from raymoe.methods import ContextRepresentations, TaskRepresentations
+from raymoe.models.families import Point, family_of
 from raymoe.routers.actors import consecutive_packs, load_model, run_actors
 from raymoe.routers.perplexity import select_top
 from raymoe.schema import InputError
@@ -165,6 +167,7 @@ def _forward(model: PreTrainedModel, tokens: NDArray[np.int32], documents: Docum
 @contextmanager
 def _recording(model: PreTrainedModel, point: str, rows: Tensor) -> Iterator[dict[str, list[Tensor]]]:
     """Within the block every pass appends, per layer, the chosen `rows` [n] of `ffn_input` and of `point`."""
+    points = family_of(model.config).points
     taken: dict[str, list[Tensor]] = {name: [] for name in ("ffn_input", point)}
 
     def take(name: str, x: Tensor) -> None:
@@ -173,16 +176,18 @@ def _recording(model: PreTrainedModel, point: str, rows: Tensor) -> Iterator[dic
     with ExitStack() as hooks:
         for layer in model.base_model.layers:
             for name in taken:
-                hooks.callback(_hook(layer, name, take).remove)
+                hooks.callback(_hook(layer, points[name], partial(take, name)).remove)
         yield taken
 
 
-def _hook(layer: nn.Module, point: str, take: Any) -> torch.utils.hooks.RemovableHandle:
+def _hook(
+    layer: nn.Module, point: Point, take: Callable[[Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
     """Hand `take` what passes through `point` of a decoder layer."""
-    if point == "attention_output":
-        return layer.self_attn.o_proj.register_forward_hook(lambda _module, _inputs, out: take(point, out))  # type: ignore[union-attr]
-    module = layer.mlp if point == "ffn_input" else layer.post_attention_layernorm
-    return module.register_forward_pre_hook(lambda _module, inputs: take(point, inputs[0]))  # type: ignore[union-attr]
+    module = layer.get_submodule(point.module)
+    if point.side == "output":
+        return module.register_forward_hook(lambda _module, _inputs, out: take(out))
+    return module.register_forward_pre_hook(lambda _module, inputs: take(inputs[0]))
 
 
 # All of them.

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep that trains: bars on a terminal, plain lines in a log."""
+"""Progress of a sweep that trains: bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ray.tune import Callback
 from ray.tune.schedulers import ASHAScheduler
 
 from raymoe.console import root_cause
+from raymoe.report.table import shown
 from raymoe.storage.lease import holder
 from raymoe.storage.location import Location, Remote
 from raymoe.storage.store import Store
@@ -25,7 +26,7 @@ SATURATED = 0.5
 
 
 class TuneProgress(Callback):  # type: ignore[misc]
-    """Follows the trials of a sweep; afterwards `errors` says why each unfinished one has no result."""
+    """Follows the trials of a sweep. Afterwards `errors` says why each unfinished one has no result."""
 
     def __init__(
         self,
@@ -36,7 +37,10 @@ class TuneProgress(Callback):  # type: ignore[misc]
         started: Callable[[str], None],
         ended: Callable[[str, str | None], None],
     ) -> None:
-        """`started(key)` and `ended(key, error)` are called as it happens, `error` being None for a result."""
+        """Follow the trials with these `names`, by key.
+
+        `started(key)` and `ended(key, error)` are called as it happens; `error` is None for one with a result.
+        """
         self.errors: dict[str, str] = {}
         self._names, self._metric, self._store, self.say = names, metric, store, say
         self._start, self._end = started, ended
@@ -44,7 +48,7 @@ class TuneProgress(Callback):  # type: ignore[misc]
         self._warned: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes its callbacks down for `Tuner.restore`, which raymoe has no use for."""
+        """Return nothing: Tune writes its callbacks down for `Tuner.restore`, which raymoe has no use for."""
         return {}
 
     def __enter__(self) -> TuneProgress:
@@ -69,20 +73,16 @@ class TuneProgress(Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        """Say what a milestone's evaluation gave."""
+        """Say what was measured at a milestone."""
         if self._metric in result:
-            self._tell(trial, f"step {result['step']:.0f}  {self._metric} {result[self._metric]:.4f}")
+            value = shown(self._metric, result[self._metric])
+            self._tell(trial, f"step {result['step']:.0f}  {self._metric} {value}")
         if result.get("masks/saturated_early", 0) > SATURATED and trial not in self._warned:
             self._warned.append(trial)
-            self._tell(
-                trial,
-                f"warning: within the first {FIRST_STEPS:.0%} of the steps {result['masks/saturated_early']:.0%} of "
-                f"the gates went to 0 or 1: method.mask_learning_rate {result['masks/learning_rate']:.2g} is too "
-                "high for them to be learnt",
-            )
+            self._tell(trial, _saturation_warning(result))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Say that a trial's driver died, and that Tune starts another."""
+        """Say that a trial's driver died; Tune starts another."""
         self._tell(
             trial, f"its driver died ({root_cause(_error_of(trial))}); goes on from the last checkpoint"
         )
@@ -112,7 +112,7 @@ class TuneProgress(Callback):  # type: ignore[misc]
 
 
 def cooperative_asha(checkpoints: Location) -> ASHAScheduler:
-    """ASHA that asks a trial to end at its next milestone instead of ending its driver.
+    """Return an ASHA that asks a trial to end at its next milestone instead of ending its driver.
 
     A driver that is ended leaves its training workers behind, with all they hold, and the next trial waits for ever.
     """
@@ -130,7 +130,7 @@ def cooperative_asha(checkpoints: Location) -> ASHAScheduler:
 
 
 class _Bars:
-    """One bar per running trial, read from its metric log twice a second, from an object every few seconds."""
+    """One bar per running trial, read from its metric log: a file twice a second, an object every few seconds."""
 
     def __init__(self, names: Mapping[str, str], store: Store) -> None:
         from rich.console import Console
@@ -178,8 +178,16 @@ class _Bars:
         self._progress.update(self._tasks[key], completed=metrics.get("train/progress", 0.0), loss=loss)
 
 
+def _saturation_warning(result: Mapping[str, float]) -> str:
+    share, rate = result["masks/saturated_early"], result["masks/learning_rate"]
+    return (
+        f"warning: within the first {FIRST_STEPS:.0%} of the steps {share:.0%} of the gates went to 0 or 1: "
+        f"method.mask_learning_rate {rate:.2g} is too high for them to be learnt"
+    )
+
+
 def _error_of(trial: Any) -> BaseException | None:
-    """The exception that ended a trial, which Tune has just written to its folder."""
+    """Return the exception that ended a trial, which Tune has just written to its folder."""
     file = trial.pickled_error_file
     try:
         return cloudpickle.loads(Path(file).read_bytes()) if file else None

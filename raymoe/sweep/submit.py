@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 PASSED_ON = ("RAYMOE_STORAGE", "MLFLOW_TRACKING_URI")
 """Variables that a job gets from where it was submitted."""
 PATIENCE = 60
-"""Seconds that the cluster may be out of reach while a job's log is followed."""
+"""Seconds for which the cluster may be out of reach while a job's log is followed."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A sweep as a job."""
+    """A sweep as a job of a Ray cluster."""
 
     name: str
     address: str
@@ -46,52 +46,57 @@ class Submission:
     environment: Mapping[str, str]
 
 
-def submit(sweep: Sweep, file: Path, arguments: Sequence[str], job: RunFile, dry_run: bool = False) -> int:
+def submit(
+    sweep: Sweep, file: Path, arguments: Sequence[str], run_file: RunFile, dry_run: bool = False
+) -> int:
     """Submit `sweep`, or attach to its job if it runs; follow its log and return its exit code.
 
     `arguments`: the command line behind the sweep's file, as it was typed.
 
     Raises:
-        InputError: what a job could not find, nobody at the address, a wrong token, another version of Ray.
+        InputError: a path that a job would not find, nobody at the address, a wrong token, another version of Ray.
     """
-    base = job.run()
-    for point in sweep.points:
-        sweep.run(base, point)  # says here what is wrong with it, not in the job
-    what = _submission(sweep, file, arguments, job)
+    _check_points(sweep, run_file)
+    submission = _submission(sweep, file, arguments, run_file)
     if dry_run:
-        print(f"job {what.name} at {what.address}\n{what.entrypoint}\n{_shown(what.environment)}".rstrip())
+        passed_on = _passed_on(submission.environment)
+        print(f"job {submission.name} at {submission.address}\n{submission.entrypoint}\n{passed_on}".rstrip())
         return 0
-    client = _client(what.address)
-    name = _running(client, what.name)
-    if name:
-        say(f"{name} runs already: this is its log")
-    else:
-        name = _start(client, what)
-        say(f"{name}: submitted to {what.address}; {_shown(what.environment)}".rstrip("; "))
+    client = _client(submission.address)
+    name = _attach(client, submission) or _start(client, submission)
     try:
         return asyncio.run(_follow(client, name))
     except KeyboardInterrupt:
-        stop = f"ray job stop --address {what.address} {name}"
+        stop = f"ray job stop --address {submission.address} {name}"
         say(f"\n{name} goes on; the same command attaches again, and `{stop}` ends it")
         return 130
 
 
-def _submission(sweep: Sweep, file: Path, arguments: Sequence[str], job: RunFile) -> Submission:
+def _check_points(sweep: Sweep, run_file: RunFile) -> None:
+    """Raise here, not in the job, what is wrong with the sweep."""
+    base = run_file.run()
+    sweep.ranking()
+    for point in sweep.points:
+        sweep.run(base, point)
+
+
+def _submission(sweep: Sweep, file: Path, arguments: Sequence[str], run_file: RunFile) -> Submission:
     words = [word for word in arguments if not re.fullmatch(r"--(no-)?(submit|dry-run)(=.*)?", word)]
     if words and not words[0].startswith("--"):
         words[0] = _inside(words[0])
-    if job.execution.address:
+    if run_file.execution.address:
         words.append("--execution.address=auto")  # of the job: the cluster that it runs on
-    _check_paths(job)
+    _check_paths(run_file)
     command = ["python", "-m", "raymoe.cli", "sweep", _inside(file), *words]
     flags = sorted({"--asha", "--json"} & set(words))
-    identity = [file.read_text(), job.model_dump(mode="json", exclude={"execution": {"address"}}), flags]
+    configuration = run_file.model_dump(mode="json", exclude={"execution": {"address"}})
+    identity = [file.read_text(), configuration, flags]
     name = f"raymoe-{re.sub(r'[^A-Za-z0-9_.-]', '-', sweep.name)}-{digest(identity)}"
-    return Submission(name, _address(job), shlex.join(command), _environment(job))
+    return Submission(name, _address(run_file), shlex.join(command), _environment(run_file))
 
 
 def _inside(file: str | Path) -> str:
-    """`file` relative to the working folder, which is what a job sees.
+    """Return `file` relative to the working folder, which is what a job sees.
 
     Raises:
         InputError: it is elsewhere.
@@ -104,11 +109,11 @@ def _inside(file: str | Path) -> str:
         ) from None
 
 
-def _check_paths(job: RunFile) -> None:
-    """Raises InputError where model or data are files here, named by a path that means nothing to a job."""
-    given = {"model.name": [job.model.name]}
+def _check_paths(run_file: RunFile) -> None:
+    """Raise InputError if model or data are files here, named by a path that means nothing to a job."""
+    given = {"model.name": [run_file.model.name]}
     for split in ("train", "validation"):
-        value = getattr(job.data, split)
+        value = getattr(run_file.data, split)
         given[f"data.{split}"] = [value] if isinstance(value, str) else [s.name for s in value or ()]
     for key, names in given.items():
         for name in names:
@@ -118,10 +123,14 @@ def _check_paths(job: RunFile) -> None:
                 )
 
 
-def _address(job: RunFile) -> str:
-    """Of the jobs API."""
+def _address(run_file: RunFile) -> str:
+    """Return the address of the jobs API: as configured, else from the environment, else of this machine's cluster.
+
+    Raises:
+        InputError: it is no dashboard's address, or has a password in it.
+    """
     sources = {
-        "execution.address": job.execution.address,
+        "execution.address": run_file.execution.address,
         "RAY_API_SERVER_ADDRESS": os.environ.get("RAY_API_SERVER_ADDRESS"),
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS"),
     }
@@ -134,16 +143,16 @@ def _address(job: RunFile) -> str:
     return address.rstrip("/")
 
 
-def _environment(job: RunFile) -> dict[str, str]:
-    """What of this environment the job gets.
+def _environment(run_file: RunFile) -> dict[str, str]:
+    """Return the variables that the job gets from this environment.
 
     Raises:
         InputError: a relative storage, or a password, which the job's record would show to everyone.
     """
     found = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
     key, storage = "RAYMOE_STORAGE", found.get("RAYMOE_STORAGE")
-    if "storage" in job.execution.model_fields_set:
-        key, storage = "execution.storage", job.execution.storage
+    if "storage" in run_file.execution.model_fields_set:
+        key, storage = "execution.storage", run_file.execution.storage
         found.pop("RAYMOE_STORAGE", None)
     if storage and "://" not in storage and not Path(storage).expanduser().is_absolute():
         raise InputError(f"{key}: {storage} is a relative path: give a job a folder that all nodes see")
@@ -156,13 +165,17 @@ def _environment(job: RunFile) -> dict[str, str]:
     return found
 
 
-def _shown(environment: Mapping[str, str]) -> str:
+def _passed_on(environment: Mapping[str, str]) -> str:
     passed = ", ".join(f"{name}={value}" for name, value in environment.items())
     return f"passed on: {passed}" if passed else ""
 
 
 def _client(address: str) -> Any:
-    """Ray's client of the jobs API, after a question to which the answer says what is wrong."""
+    """Return Ray's client of the jobs API, after a question of our own whose answer says what is wrong.
+
+    Raises:
+        InputError: nobody there, a missing or wrong token, or another version of Ray.
+    """
     where = f"execution.address: the Ray cluster at {address}"
     reply = _ask(address, None)
     if reply.status_code == 401:
@@ -171,18 +184,21 @@ def _client(address: str) -> Any:
         reply = _ask(address, found)
         if reply.status_code in (401, 403):
             raise refused_token(where)
-        os.environ["RAY_AUTH_MODE"] = "token"  # Ray's client shows the token only where this is set
+        os.environ["RAY_AUTH_MODE"] = "token"  # Ray's client shows the token only if this is set
     theirs, ours = _version(reply, address), metadata.version("ray")
     if theirs != ours:
         raise InputError(f"{where} runs Ray {theirs}, and here is Ray {ours}: they have to be the same")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # it would go before what the client is told
+    return _quiet_client(address)
+
+
+def _quiet_client(address: str) -> Any:
     import logging
 
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    for module in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
-        logging.getLogger(f"ray.{module}").setLevel(logging.WARNING)
+    for module in ("", ".dashboard.modules.dashboard_sdk", ".dashboard.modules.job.sdk"):
+        logging.getLogger(f"ray{module}").setLevel(logging.WARNING)
     return JobSubmissionClient(address)
 
 
@@ -208,33 +224,38 @@ def _version(reply: requests.Response, address: str) -> str:
         ) from None
 
 
-def _running(client: Any, name: str) -> str | None:
-    """The job called `name`, or `name-2` and so on, that runs."""
-    return next((j.submission_id for j in _jobs(client, name) if not j.status.is_terminal()), None)
+def _attach(client: Any, submission: Submission) -> str | None:
+    """Return the name of the submission's job that runs; None if none does."""
+    jobs = _jobs(client, submission.name)
+    name = next((job.submission_id for job in jobs if not job.status.is_terminal()), None)
+    if name:
+        say(f"{name} runs already: this is its log")
+    return name
 
 
 def _jobs(client: Any, name: str) -> list[Any]:
+    """Return the jobs called `name`, `name-2` and so on."""
     called = re.compile(rf"{re.escape(name)}(-\d+)?")
     return [job for job in client.list_jobs() if called.fullmatch(job.submission_id or "")]
 
 
-def _start(client: Any, what: Submission) -> str:
-    """Submit; Ray takes no name twice, so later jobs of the same submission are called `name-2`, ..."""
-    before = len(_jobs(client, what.name))
+def _start(client: Any, submission: Submission) -> str:
+    """Submit, and return the job's name; Ray takes none twice, so later ones of a submission are `name-2`, ..."""
+    before = len(_jobs(client, submission.name))
     try:
-        return str(
-            client.submit_job(
-                entrypoint=what.entrypoint,
-                submission_id=f"{what.name}-{before + 1}" if before else what.name,
-                runtime_env={"working_dir": ".", "env_vars": dict(what.environment)},
-            )
+        name = client.submit_job(
+            entrypoint=submission.entrypoint,
+            submission_id=f"{submission.name}-{before + 1}" if before else submission.name,
+            runtime_env={"working_dir": ".", "env_vars": dict(submission.environment)},
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"--submit: {' '.join(str(error).split())[:400]}") from None
+    say(f"{name}: submitted to {submission.address}; {_passed_on(submission.environment)}".rstrip("; "))
+    return str(name)
 
 
 async def _follow(client: Any, name: str) -> int:
-    """Print the job's log as it grows, over lost connections too; the job's exit code."""
+    """Print the job's log as it grows, over lost connections too; return the job's exit code."""
     printed, lost = 0, None
     while True:
         try:

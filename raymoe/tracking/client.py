@@ -16,12 +16,12 @@ SWEEP_KEY = "raymoe.sweep"
 
 
 def default_uri() -> str:
-    """$MLFLOW_TRACKING_URI, else a database in the working folder."""
+    """Return $MLFLOW_TRACKING_URI, else a database in the working folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
 def without_credentials(text: str, uri: str = "") -> str:
-    """`text` without the `user:password@` of any address in it, nor the one of `uri` where it stands alone."""
+    """Return `text` without the `user:password@` of any address, nor that of `uri` where it stands alone."""
     text = _USERINFO.sub("", text)
     for found in _USERINFO.findall(uri):
         text = text.replace(found, "").replace(unquote(found), "")
@@ -29,11 +29,11 @@ def without_credentials(text: str, uri: str = "") -> str:
 
 
 _USERINFO = re.compile(r"(?<=://)[^\s/'\"][^\s'\"]*@")
-"""To the last @: a password may hold a slash or an @ of its own. Not the paths of `sqlite:///`."""
+"""Up to the last @, since a password may hold a slash or an @ of its own; not in the paths of `sqlite:///`."""
 
 
 def connect(uri: str) -> Any:
-    """An MLflow client that gives up after seconds, not minutes."""
+    """Return an MLflow client that gives up after seconds, not minutes."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -45,9 +45,14 @@ def connect(uri: str) -> Any:
 
 
 def first_line(error: Exception, uri: str) -> str:
-    """The first line of `error`, without the credentials in `uri`."""
+    """Return the first line of `error`, without the credentials in `uri`."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return without_credentials(line, uri)[:200]
+
+
+def allowed_name(metric: str) -> str:
+    """Return `metric` in the characters that MLflow takes: domains are named by users (`c++`)."""
+    return re.sub(r"[^\w./ :-]", "_", metric)
 
 
 @contextlib.contextmanager

@@ -12,21 +12,20 @@ from typing import Any
 from raymoe.storage.location import Location, Remote, StorageError, read_file
 
 MARKS = ("eval/loss", "train/loss")
-"""A row of metrics is an evaluation or a training step: the metric that tells, and that every such row has."""
-
+"""Metrics that tell the two kinds of row apart, evaluations and training steps: every row has one of them."""
 
 REMOTE_PAUSE = 5.0
-"""Seconds between two looks at an object, and at least between two writes of it."""
+"""Seconds between two looks at an object, and the fewest between two writes of it."""
 
 
 class MetricLog:
     """Metrics of one training run, one JSON line per row, written by worker 0.
 
-    A file is appended to; an object can only be written anew, so that is done every few seconds, and by `flush`.
+    A file is appended to. An object can only be written anew: that is done every few seconds, and by `flush`.
     """
 
     def __init__(self, file: Location, resume_after: int | None = None) -> None:
-        """Open for appending; `resume_after`: forget rows of later steps, a resumed run writes them again."""
+        """Open for appending. Rows after the step `resume_after` are dropped: a resumed run writes them again."""
         self.file = file
         kept = [r for r in read_rows(file) if resume_after is not None and r["step"] <= resume_after]
         self._seen = {(row["step"], kind_of_row(row["metrics"])) for row in kept}
@@ -42,7 +41,7 @@ class MetricLog:
         fresh.replace(file)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add a row, unless the step's row of the same kind is there already."""
+        """Append a row, unless the step has one of the same kind already."""
         key = (step, kind_of_row(metrics))
         if key in self._seen:
             return
@@ -59,7 +58,7 @@ class MetricLog:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is not there yet; raises StorageError."""
+        """Write what is not in the object yet; raises StorageError."""
         if isinstance(self.file, Path) or not self._unwritten:
             return
         started = time.monotonic()
@@ -71,16 +70,16 @@ class MetricLog:
 
 
 def metric_log(checkpoints: Location, name: str) -> Location:
-    """Where the metrics of the run `name` are while it trains."""
+    """Return where the metrics of the run `name` are while it trains."""
     return checkpoints / name / "metrics.jsonl"
 
 
 def read_rows(file: Location) -> list[dict[str, Any]]:
-    """All whole rows of a metric log; none if there is no such file."""
+    """Return all whole rows of a metric log; none if there is no such file."""
     text = (read_file(file) or b"").decode()
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def kind_of_row(metrics: Mapping[str, float]) -> str:
-    """The metric of MARKS that tells what kind of row this is."""
+    """Return the metric of MARKS that tells what kind of row this is."""
     return next((mark for mark in MARKS if mark in metrics), MARKS[-1])

@@ -7,14 +7,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raymoe.metrics import STRUCTURE
+from raymoe.metrics import find
 from raymoe.schema import InputError
-from raymoe.tracking.client import SWEEP_KEY, connect, default_uri, first_line, quiet, without_credentials
+from raymoe.tracking.client import (
+    SWEEP_KEY,
+    allowed_name,
+    connect,
+    default_uri,
+    first_line,
+    quiet,
+    without_credentials,
+)
+
+OLD_RANKING = ("eval/loss", "min")
+"""Metric and mode of sweeps from before these were tags of their runs."""
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial of a sweep: swept values, state, its evaluations in the order of training."""
+    """One trial of a sweep: its swept values, its status and its evaluations in the order of training."""
 
     name: str
     point: Mapping[str, Any]
@@ -24,16 +35,16 @@ class TrialResult:
     error: str = ""
 
     def final(self, metric: str) -> float | None:
-        """The metric at the end of training."""
+        """Return the metric's value at the end of training; None if it was not measured there."""
         return self.evaluations[-1].get(metric) if self.evaluations else None
 
     def best(self, metric: str, mode: str) -> float | None:
-        """The metric's best value over the milestones."""
+        """Return the metric's best value over the milestones; None if it was never measured."""
         values = [e[metric] for e in self.evaluations if metric in e]
         return (min if mode == "min" else max)(values, default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for `--json`."""
+        """Return plain values for `--json`."""
         return {
             "trial": self.name,
             "params": dict(self.point),
@@ -51,16 +62,19 @@ class SweepResult:
     name: str
     question: str
     rows: list[TrialResult]
+    metric: str
+    """What its trials are ranked by, as MLflow spells it."""
+    mode: str
     average_over: str | None = None
 
 
 def read_sweeps(
     name: str | None = None, uri: str | None = None, experiment: str = "raymoe"
 ) -> list[SweepResult]:
-    """All sweeps in MLflow, newest first, or the one called `name` (its run name or its sweep's).
+    """Return all sweeps in MLflow, newest first, or the one called `name` (its run's name or the sweep's).
 
     Raises:
-        InputError: nothing there, or no such sweep.
+        InputError: MLflow does not answer, holds nothing, or has no such sweep.
     """
     where = uri or default_uri()
     shown = without_credentials(where)
@@ -75,48 +89,59 @@ def read_sweeps(
             runs = list(client.search_runs([found.experiment_id], max_results=5000)) if found else []
     except Exception as error:  # MLflow's, SQLAlchemy's or an HTTP client's
         raise InputError(f"report: MLflow at {shown} does not answer: {first_line(error, where)}") from None
-    parents = [
-        r for r in runs if SWEEP_KEY in r.data.tags and name in (None, r.info.run_name, r.data.tags["sweep"])
-    ]
+    sweeps = [run for run in runs if SWEEP_KEY in run.data.tags]
+    parents = [run for run in sweeps if name in (None, run.info.run_name, run.data.tags["sweep"])]
     if not parents:
-        known = sorted({r.info.run_name for r in runs if SWEEP_KEY in r.data.tags})
-        raise InputError(f"report: no sweep {name or ''} in {shown}; there are: {', '.join(known) or 'none'}")
+        known = ", ".join(sorted({run.info.run_name for run in sweeps})) or "none"
+        raise InputError(f"report: no sweep {name or ''} in {shown}; there are: {known}")
     return [_sweep_result(client, parent, runs) for parent in parents]
 
 
 def _sweep_result(client: Any, parent: Any, runs: Iterable[Any]) -> SweepResult:
+    tags, (metric, mode) = parent.data.tags, OLD_RANKING
+    if "metric" in tags and "mode" in tags:
+        metric, mode = allowed_name(tags["metric"]), tags["mode"]
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    rows = [
-        TrialResult(
-            name=child.info.run_name,
-            point=child.data.params,
-            status=child.info.status,
-            evaluations=_evaluations(client, child),
-            model=child.data.tags.get("model", ""),
-            error=child.data.tags.get("error", ""),
-        )
-        for child in children
-    ]
-    tags = parent.data.tags
     return SweepResult(
-        parent.info.run_name, tags.get("mlflow.note.content", ""), rows, tags.get("average_over")
+        name=parent.info.run_name,
+        question=tags.get("mlflow.note.content", ""),
+        rows=[_trial_result(client, child, metric) for child in children],
+        metric=metric,
+        mode=mode,
+        average_over=tags.get("average_over"),
     )
 
 
-def _evaluations(client: Any, run: Any) -> list[dict[str, float]]:
-    """The `eval/` metrics of a run, one row per step, and of the model itself what the table shows of it.
+def _trial_result(client: Any, run: Any, metric: str) -> TrialResult:
+    return TrialResult(
+        name=run.info.run_name,
+        point=run.data.params,
+        status=run.info.status,
+        evaluations=_evaluations(client, run, metric),
+        model=run.data.tags.get("model", ""),
+        error=run.data.tags.get("error", ""),
+    )
 
-    Training steps log that too: only the evaluations' steps are taken, and of two values at one the later.
+
+def _evaluations(client: Any, run: Any, metric: str) -> list[dict[str, float]]:
+    """Return what result tables show of a run's evaluations, and the sweep's `metric`: one row per milestone.
+
+    Training steps log some of these, too: only milestones are taken, and of two values at one the later.
     """
     steps: dict[int, dict[str, float]] = {}
     for name in run.data.metrics:
         if name.startswith("eval/"):
-            for metric in client.get_metric_history(run.info.run_id, name):
-                steps.setdefault(metric.step, {"step": metric.step})[name] = metric.value
-    for name in STRUCTURE:
-        if name in run.data.metrics:
+            for value in client.get_metric_history(run.info.run_id, name):
+                steps.setdefault(value.step, {"step": value.step})[name] = value.value
+    for name in run.data.metrics:
+        if not name.startswith("eval/") and (name == metric or _has_column(name)):
             history = client.get_metric_history(run.info.run_id, name)
-            for metric in sorted(history, key=lambda m: m.timestamp):
-                if metric.step in steps:
-                    steps[metric.step][name] = metric.value
+            for value in sorted(history, key=lambda v: v.timestamp):
+                if value.step in steps:
+                    steps[value.step][name] = value.value
     return [steps[step] for step in sorted(steps)]
+
+
+def _has_column(name: str) -> bool:
+    row = find(name)
+    return row is not None and row.column

@@ -1,9 +1,8 @@
 """The Hugging Face boundary: sparse models as stock transformers classes, written shard by shard.
 
 `materialize` writes the upcycled start of a dense folder by copying its bytes, without loading a model, or
-expert by expert where they are no plain copies.
-`write_model` writes a trained model whose tensors arrive one by one. LAYOUTS says which standard class holds
-which dense model and gating.
+expert by expert where they are no plain copies. `write_model` writes a trained model whose tensors arrive one
+by one. Which class holds which dense model and gating is in `raymoe.models.families`.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from raymoe.methods import Dense, Experts
-from raymoe.models.families import QWEN2_MOE, Layout, layout_of, sparse_config
+from raymoe.models.families import Layout, Place, layout_of, sparse_config
 from raymoe.models.moe import FFN, ExpertStart
 from raymoe.schema import InputError
 from raymoe.upcycle.shards import (
-    _NAMES,
     SHARD_BYTES,
     ShardWriter,
     Slot,
@@ -70,8 +68,8 @@ def materialize(
     with new_folder(out, total_bytes(plan)) as folder:
         write_companions(folder, dense, sparse_config(config, method))
         with ShardWriter(folder, plan, max_shard_bytes) as writer:
-            for name, source in _sparse_tensors(config, spans, method, router, start):
-                writer.write(name, source)
+            for place, source in _sparse_tensors(config, spans, method, router, start):
+                writer.write(place.name, source, place.part)
 
 
 def write_model(
@@ -100,8 +98,8 @@ def write_model(
         write_companions(folder, dense, exported)
         with ShardWriter(folder, plan, max_shard_bytes) as writer:
             for name, tensor in tensors:
-                for exported_name, part in _exported(name, tensor, config, method, plan):
-                    writer.write(exported_name, part)
+                for place, source in _exported(name, tensor, config, method, plan):
+                    writer.write(place.name, source, place.part)
 
 
 def copy_model(model: Path, out: Path) -> None:
@@ -125,7 +123,7 @@ def copy_dense(dense: Path, folder: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
-    """A hidden sibling of `out` that becomes `out` at the end, and vanishes if anything goes wrong.
+    """Yield a hidden sibling of `out` that becomes `out` at the end, and vanishes if anything goes wrong.
 
     Raises:
         InputError: `out` is not empty, can't be written, or the disk has no room for `num_bytes`.
@@ -153,7 +151,7 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def write_companions(folder: Path, dense: Path, config: PreTrainedConfig) -> None:
-    """Config and everything else but the weights."""
+    """Write the config, and copy everything of `dense` but its weights."""
     config.save_pretrained(folder)
     _copy_companions(folder, dense)
 
@@ -166,7 +164,7 @@ def _copy_companions(folder: Path, dense: Path) -> None:
 
 
 def read_config(dense: Path) -> PreTrainedConfig:
-    """The config of the model in folder `dense`; InputError if there is none."""
+    """Return the config of the model in folder `dense`; raise InputError if there is none."""
     if not (dense / "config.json").is_file():
         raise InputError(f"{dense}: no model here (config.json is missing)")
     try:
@@ -183,28 +181,26 @@ _ROUTER_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")
 
 
 def _sparse_plan(
-    config: Any, spans: Mapping[str, Span], method: Experts, router: Tensor | None = None
+    config: Any, dense: Mapping[str, Slot], method: Experts, router: Tensor | None = None
 ) -> dict[str, Slot]:
-    """Every tensor of the upcycled model on disk, layer by layer."""
+    """Return every tensor of the upcycled model on disk, in the dtypes of `dense`."""
     layout = layout_of(config, method)
-    _check_layers(config, spans, method, router)
+    _check_layers(config, dense, method, router)
     plan: dict[str, Slot] = {}
-    for name, span in spans.items():
-        slot = Slot(span.dtype, span.shape)
-        match = _FFN_WEIGHT.fullmatch(name)
-        if match is None:
-            plan[name] = slot
+    for name, slot in dense.items():
+        if match := _FFN_WEIGHT.fullmatch(name):
+            plan |= _expert_slots(layout, method.num_experts, match[1], match[2], slot)
         else:
-            plan |= {layout.expert(match[1], expert, match[2]): slot for expert in range(method.num_experts)}
+            plan[name] = Slot(slot.dtype, slot.shape)
     for layer in range(config.num_hidden_layers):
-        plan |= _added(layout, config, method, layer, spans)
+        plan |= _added(layout, config, method, layer, dense)
     return plan
 
 
-def _check_layers(config: Any, spans: Mapping[str, Span], method: Experts, router: Tensor | None) -> None:
+def _check_layers(config: Any, dense: Mapping[str, Slot], method: Experts, router: Tensor | None) -> None:
     for layer in range(config.num_hidden_layers):
         name = f"model.layers.{layer}.mlp.gate_proj.weight"
-        if name not in spans:
+        if name not in dense:
             raise InputError(f"model: its weights lack {name}")
     expected = (config.num_hidden_layers, method.num_experts, config.hidden_size)
     if router is not None and tuple(router.shape) != expected:
@@ -213,42 +209,51 @@ def _check_layers(config: Any, spans: Mapping[str, Span], method: Experts, route
         )
 
 
-def _added(
-    layout: Layout, config: Any, method: Experts, layer: int, spans: Mapping[str, Span]
+def _expert_slots(
+    layout: Layout, num_experts: int, layer: str, projection: str, dense: Slot
 ) -> dict[str, Slot]:
-    """What a layer has that its dense one has not: the router, and zeros that Qwen2-MoE insists on.
+    """Return one projection of all experts of a layer on disk: a tensor each, or one that stacks them."""
+    names = [layout.expert(layer, expert, projection).name for expert in range(num_experts)]
+    stacked = layout.stacked(projection)
+    if not stacked:
+        return dict.fromkeys(names, Slot(dense.dtype, dense.shape))
+    rows, columns = dense.shape
+    shape = (num_experts, stacked * rows, columns)
+    return {names[0]: Slot(dense.dtype, shape, parts=num_experts * stacked)}
 
-    The weights of its shared expert of width 0 are left out: transformers needs no bytes to fill them (it
-    lists them as missing), and servers that make no such module refuse them.
-    """
-    prefix = f"model.layers.{layer}"
-    dtype = spans[f"{prefix}.mlp.gate_proj.weight"].dtype
-    added = {layout.router(layer): Slot(dtype, (method.num_experts, config.hidden_size))}
-    if layout is QWEN2_MOE:
-        added[f"{prefix}.mlp.shared_expert_gate.weight"] = Slot(dtype, (1, config.hidden_size), zero=True)
-        for projection in ("q_proj", "k_proj", "v_proj"):
-            weight = spans[f"{prefix}.self_attn.{projection}.weight"]
-            if (bias := f"{prefix}.self_attn.{projection}.bias") not in spans:
-                added[bias] = Slot(weight.dtype, weight.shape[:1], zero=True)
-    return added
+
+def _added(
+    layout: Layout, config: Any, method: Experts, layer: int, dense: Mapping[str, Slot]
+) -> dict[str, Slot]:
+    """Return what a layer has that its dense one lacks: the router, and zeros that its class insists on."""
+    prefix = f"model.layers.{layer}."
+    shapes = {name.removeprefix(prefix): s.shape for name, s in dense.items() if name.startswith(prefix)}
+    dtype = "F32" if layout.router_in_fp32 else dense[f"{prefix}mlp.gate_proj.weight"].dtype
+    zeros = layout.zeros(shapes, method.num_experts)
+    return {
+        layout.router(layer): Slot(dtype, (method.num_experts, config.hidden_size)),
+        **{prefix + n: Slot(dtype, shape, zero=True) for n, shape in zeros.items() if n not in shapes},
+    }
 
 
 def _sparse_tensors(
     config: Any, spans: Mapping[str, Span], method: Experts, router: Tensor, start: ExpertStart | None
-) -> Iterator[tuple[str, Span | Tensor]]:
-    """The upcycled start under its names on disk: where its bytes are, or what is new."""
+) -> Iterator[tuple[Place, Span | Tensor]]:
+    """Yield the upcycled start: where its bytes are, or what is new."""
     layout = layout_of(config, method)
     for name, span in spans.items():
         match = _FFN_WEIGHT.fullmatch(name)
         if match is None:
-            yield name, span
+            yield Place(name), span
         elif start is None:
             for expert in range(method.num_experts):
                 yield layout.expert(match[1], expert, match[2]), span
     for layer, rows_ND in enumerate(router):
-        yield layout.router(layer), rows_ND
+        names = [f"model.layers.{layer}.mlp.{projection}.weight" for projection in FFN._fields]
+        # rounded as in memory, also where the class keeps it in fp32
+        yield Place(layout.router(layer)), rows_ND.to(spans[names[0]].torch_dtype)
         if start is not None:
-            dense = FFN(*(load_tensor(spans, f"model.layers.{layer}.mlp.{p}.weight") for p in FFN._fields))
+            dense = FFN(*(load_tensor(spans, name) for name in names))
             for expert in range(method.num_experts):
                 for projection, weight in start(dense, layer, expert)._asdict().items():
                     yield layout.expert(layer, expert, projection), weight
@@ -257,27 +262,27 @@ def _sparse_tensors(
 def _trained_plan(
     config: Any, spans: Mapping[str, Span], method: Experts | Dense, dtype: torch.dtype
 ) -> dict[str, Slot]:
-    """Every tensor of the trained model on disk, all of one dtype."""
-    plan = _sparse_plan(config, spans, method) if isinstance(method, Experts) else spans
-    return {name: Slot(_NAMES[dtype], slot.shape, slot.zero) for name, slot in plan.items()}
+    """Return every tensor of the trained model on disk, in `dtype` but for what its class keeps in fp32."""
+    dense = {name: Slot.of(dtype, *span.shape) for name, span in spans.items()}
+    return _sparse_plan(config, dense, method) if isinstance(method, Experts) else dense
 
 
 def _exported(
     name: str, tensor: Tensor, config: Any, method: Experts | Dense, plan: Mapping[str, Slot]
-) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of the model in memory as the tensors that it is on disk."""
+) -> Iterator[tuple[Place, Tensor]]:
+    """Yield one tensor of the model in memory as the tensors that it is on disk."""
     if isinstance(method, Experts) and (match := _EXPERTS_WEIGHT.fullmatch(name)):
         yield from _experts(layout_of(config, method), match[1], match[2], tensor)
     elif isinstance(method, Experts) and (match := _ROUTER_WEIGHT.fullmatch(name)):
-        yield layout_of(config, method).router(match[1]), tensor
+        yield Place(layout_of(config, method).router(match[1])), tensor
     elif name in plan or not (config.tie_word_embeddings and name == "lm_head.weight"):
-        yield name, tensor
+        yield Place(name), tensor
     if config.tie_word_embeddings and name == "model.embed_tokens.weight" and "lm_head.weight" in plan:
-        yield "lm_head.weight", tensor  # one tensor in memory, two in the dense folder
+        yield Place("lm_head.weight"), tensor  # one tensor in memory, two in the dense folder
 
 
-def _experts(layout: Layout, layer: str, stacked: str, tensor_N: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A stacked parameter [N, ...] as one tensor per expert and projection."""
+def _experts(layout: Layout, layer: str, stacked: str, tensor_N: Tensor) -> Iterator[tuple[Place, Tensor]]:
+    """Yield a stacked parameter [N, ...] as one tensor per expert and projection."""
     for expert, weight in enumerate(tensor_N):
         if stacked == "gate_up_proj":
             gate_FD, up_FD = weight.chunk(2)

@@ -25,25 +25,42 @@ SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one tensor: its safetensors dtype, its shape, and whether it stays zero."""
+    """Room for one tensor."""
 
     dtype: str
+    """As safetensors calls it."""
     shape: tuple[int, ...]
     zero: bool = False
+    """Nothing is written to it."""
+    parts: int = 1
+    """Equal parts along the leading dimensions, written one by one: the experts of a stacked tensor."""
 
     @property
     def num_bytes(self) -> int:
         """Size on disk."""
         return math.prod(self.shape) * _WIDTHS[self.dtype]
 
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of one part: the tensor's own, or a matrix."""
+        if self.parts == 1:
+            return self.shape
+        *leading, columns = self.shape
+        return (math.prod(leading) // self.parts, columns)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """As torch calls it."""
+        return _DTYPES[self.dtype]
+
     @classmethod
-    def of(cls, dtype: torch.dtype, *shape: int) -> Slot:
-        """Room for a tensor of torch's `dtype`."""
-        return cls(_NAMES[dtype], shape)
+    def of(cls, dtype: torch.dtype, *shape: int, parts: int = 1) -> Slot:
+        """Return room for a tensor of torch's `dtype`."""
+        return cls(_NAMES[dtype], shape, parts=parts)
 
 
 def total_bytes(plan: Mapping[str, Slot]) -> int:
-    """Size of all tensors of `plan` on disk."""
+    """Return the size of all tensors of `plan` on disk."""
     return sum(slot.num_bytes for slot in plan.values())
 
 
@@ -56,7 +73,7 @@ class Span(Slot):
 
 
 def load_tensor(spans: Mapping[str, Span], name: str) -> Tensor:
-    """One of the tensors that `dense_tensors` found."""
+    """Load one of the tensors that `dense_tensors` found."""
     with safe_open(spans[name].file, framework="pt") as file:
         return file.get_tensor(name)  # type: ignore[no-any-return]
 
@@ -75,7 +92,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def dense_tensors(dense: Path) -> dict[str, Span]:
-    """Where the bytes of every tensor in the folder `dense` are, in the order of its files.
+    """Return where the bytes of every tensor in the folder `dense` are, in the order of its files.
 
     Raises:
         InputError: no safetensors, a damaged file, or a tensor that is not floating point.
@@ -88,7 +105,11 @@ def dense_tensors(dense: Path) -> dict[str, Span]:
 
 
 def weight_files(dense: Path) -> list[Path]:
-    """The safetensors files of a model folder; raises InputError if there are none."""
+    """Return the safetensors files of a model folder, of which a single one need not exist.
+
+    Raises:
+        InputError: an index that is damaged or names files outside of the folder.
+    """
     index = dense / "model.safetensors.index.json"
     if not index.is_file():
         return [dense / "model.safetensors"]
@@ -123,7 +144,7 @@ def _span(file: Path, data: int, dtype: str, shape: list[int], data_offsets: lis
     start, end = data_offsets
     if not _DTYPES[dtype].is_floating_point:
         raise ValueError(f"it has a tensor of {dtype}")
-    span = Span(dtype, tuple(shape), False, file, data + start)
+    span = Span(dtype, tuple(shape), file=file, start=data + start)
     if start < 0 or end - start != span.num_bytes:
         raise ValueError(f"offsets {data_offsets} do not fit {dtype} {shape}")
     return span
@@ -133,7 +154,7 @@ class ShardWriter:
     """Writes planned tensors, in any order, into the safetensors shards of a Hugging Face folder.
 
     Every shard's header and length are written first, so each tensor's place is known before it arrives and
-    no tensor is held. Used as a context; on a clean exit every tensor must have been written.
+    no tensor is held. Use it as a context; on a clean exit every tensor must have been written.
     """
 
     def __init__(
@@ -143,9 +164,10 @@ class ShardWriter:
         max_shard_bytes: float = SHARD_BYTES,
         stem: str = "model",
     ) -> None:
-        """`stem`: what the files' names start with."""
+        """Create the files, whose names start with `stem`."""
         self.plan = plan
-        self.missing = {name for name, slot in plan.items() if not slot.zero}
+        self.missing = {(name, i) for name, slot in plan.items() if not slot.zero for i in range(slot.parts)}
+        """(name, part) of what is still to come."""
         self.places: dict[str, tuple[int, int]] = {}
         """Name -> (file descriptor, position)."""
         self.files: list[int] = []
@@ -165,10 +187,11 @@ class ShardWriter:
         for descriptor in (*self.files, *self.sources.values()):
             os.close(descriptor)
         if kind is None and self.missing:
-            raise ValueError(f"{len(self.missing)} tensors were never written, such as {min(self.missing)}")
+            names = sorted({name for name, _ in self.missing})
+            raise ValueError(f"{len(names)} tensors were never written, such as {names[0]}")
 
     def _open(self, file: Path, names: list[str]) -> None:
-        """Make one shard: its header, and a hole of its length (holes read as zeros)."""
+        """Create one shard: its header, and a hole of its length (holes read as zeros)."""
         header, position = _header({name: self.plan[name] for name in names})
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self.files.append(descriptor)
@@ -178,22 +201,24 @@ class ShardWriter:
             position += self.plan[name].num_bytes
         os.ftruncate(descriptor, position)
 
-    def write(self, name: str, source: Tensor | Span) -> None:
-        """Put a tensor in its place: converted from memory, or as bytes of another file.
+    def write(self, name: str, source: Tensor | Span, part: int = 0) -> None:
+        """Put a tensor, or one part of it, in its place: converted from memory, or as bytes of another file.
 
         Raises:
             ValueError: the tensor is not in the plan, or of another shape.
         """
         slot = self.plan.get(name)
-        if slot is None or tuple(source.shape) != slot.shape:
-            planned = slot and slot.shape
+        if slot is None or tuple(source.shape) != slot.part_shape:
+            planned = slot and slot.part_shape
             raise ValueError(f"{name} has shape {tuple(source.shape)}, the model on disk {planned}")
         descriptor, position = self.places[name]
+        size = slot.num_bytes // slot.parts
+        position += part * size
         if isinstance(source, Span):
-            _copy(self._source(source.file), source.start, descriptor, position, slot.num_bytes)
+            _copy(self._source(source.file), source.start, descriptor, position, size)
         else:
-            _write_bytes(descriptor, position, _bytes(source, _DTYPES[slot.dtype]))
-        self.missing.discard(name)
+            _write_bytes(descriptor, position, _bytes(source, slot.torch_dtype))
+        self.missing.discard((name, part))
 
     def _source(self, file: Path) -> int:
         if file not in self.sources:
@@ -202,7 +227,7 @@ class ShardWriter:
 
 
 def _shards(plan: Mapping[str, Slot], max_shard_bytes: float) -> list[list[str]]:
-    """Names of the tensors of each shard, in the plan's order."""
+    """Return the names of the tensors of each shard, in the plan's order."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, slot in plan.items():
@@ -225,7 +250,7 @@ def _write_index(folder: Path, stem: str, plan: Mapping[str, Slot], shards: list
 
 
 def _header(slots: Mapping[str, Slot]) -> tuple[bytes, int]:
-    """A shard's first bytes, and the position at which its first tensor starts."""
+    """Return a shard's first bytes, and the position at which its first tensor starts."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, slot in slots.items():

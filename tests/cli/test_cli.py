@@ -29,6 +29,7 @@ from raymoe.storage.store import Store
 from raymoe.tracking.ledger import Ledger
 from raymoe.upcycle.simoe import Masks, load_simoe, write_simoe
 
+SWEEP = Path(raymoe.__file__).parents[1] / "sweeps" / "num_experts.py"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(raymoe.__file__).parents[1])}
 
 
@@ -89,6 +90,40 @@ def test_help_of_a_verb_names_its_options_and_keys(verb: str, capsys: pytest.Cap
         assert f"\n  --{name.replace('_', '-')} " in out
 
 
+@pytest.mark.parametrize("line", ["--help", *(f"{verb} --help" for verb in (*cli.VERBS, "sweep"))])
+def test_help_fits_100_columns(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(line) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+def test_help_of_a_sweep_file_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(f"sweep {SWEEP} --help") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: raymoe sweep {SWEEP} [config.yaml]")
+    assert max(map(len, out.splitlines()[1:])) <= 100
+
+
+def test_an_alias_is_told_and_means_its_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("--help") == 0
+    assert "(alias: filter)" in capsys.readouterr().out
+    shown = []
+    for verb in ("score", "filter"):
+        assert called(f"{verb} --help") == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "(alias: filter)" in shown[0]
+
+
+@pytest.mark.parametrize("method", ["--method trsu", "--method=trsu", "--method.name trsu"])
+def test_help_with_a_method_shows_that_method_alone(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(f"train --help {method}") == 0
+    out = capsys.readouterr().out
+    assert "\nmethod trsu:\n" in out
+    assert "--method.tasks " in out and "--method.num-experts " in out
+    assert "--method.token-fraction " not in out and "--method.sparsity-target " not in out
+    (line,) = refused("train --help --method rsu", capsys)
+    assert line.startswith("method.name: 'rsu' is not a method: choose from dense,")
+
+
 IMPORTS = """
 import contextlib, io, sys
 from raymoe.cli import main as cli
@@ -103,12 +138,12 @@ for line in sys.argv[1:]:
 
 
 def test_help_mistakes_and_dry_runs_of_stages_import_nothing_heavy(tmp_path: Path) -> None:
-    sweep = Path(raymoe.__file__).parents[1] / "sweeps" / "num_experts.py"
     lines = [
         "--help",
         "train --help",
+        "train --help --method trsu",
         "sweep --help",
-        f"sweep {sweep} --help",
+        f"sweep {SWEEP} --help",
         "trian",
         "train --no-such-key 1",
         "train none.yaml",
@@ -126,7 +161,7 @@ def test_help_mistakes_and_dry_runs_of_stages_import_nothing_heavy(tmp_path: Pat
 
 def test_an_unknown_verb(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = refused("trian --seed 1", capsys)
-    assert line.startswith("unknown verb 'trian': choose from plan, filter, represent,")
+    assert line.startswith("unknown verb 'trian': choose from plan, score, represent,")
 
 
 def test_mistakes_in_the_configuration_come_together(
@@ -192,7 +227,7 @@ def test_a_report_without_a_database(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_storage_that_can_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for line in ("train", "filter"):
+    for line in ("train", "score"):
         (shown,) = refused(f"{line} --storage file/runs", capsys)
         assert shown.startswith("execution.storage: can't write to")
 
@@ -228,6 +263,7 @@ def test_an_interrupt_ends_with_130(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "make"),
     [
+        ("score", stages.perplexity),
         ("filter", stages.perplexity),
         ("represent", stages.representations),
         ("cluster", stages.clusters),
@@ -262,7 +298,7 @@ def test_a_finished_stage_is_shown_and_not_made_again(capsys: pytest.CaptureFixt
     assert captured.err == f"representations: already in {folder}\n"
 
 
-def test_filter_shows_each_task(capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_shows_each_task(capsys: pytest.CaptureFixture[str]) -> None:
     folder = finished(stages.perplexity(load(Run, None, {"method.name": "trsu"})))
     scores = {
         "task": ["a"] * 20 + ["b"] * 40,
@@ -276,7 +312,7 @@ def test_filter_shows_each_task(capsys: pytest.CaptureFixture[str]) -> None:
         **scores,
     }
     pq.write_table(pa.table({k: list(v) for k, v in table.items()}), folder / "scores.parquet")
-    assert called("filter --method trsu") == 0
+    assert called("score --method trsu") == 0
     out = capsys.readouterr().out
     rows = {
         line.split()[1]: line.replace("│", " ").split() for line in out.splitlines() if line.startswith("│")

@@ -24,15 +24,13 @@ from raymoe.data.instructions import Encoded, encode
 from raymoe.data.packing import Batch
 from raymoe.data.sources import read
 from raymoe.evaluate import held_out as evaluate
-from raymoe.evaluate.answers import final_answer, same_answer
-from raymoe.evaluate.folder import check_tokenizer, evaluate_folder
+from raymoe.evaluate.folder import evaluate_folder
 from raymoe.evaluate.held_out import Evaluator
 from raymoe.methods import SparseUpcycling
 from raymoe.models.causal_loss import CausalLoss
 from raymoe.models.generate import generate
 from raymoe.models.moe import sparse_layers, upcycle_model
 from raymoe.models.packed_attention import PACKED_ATTENTION
-from raymoe.schema import InputError
 
 MAX_LENGTH = 160
 DOMAINS = ("code", "math", "text")
@@ -359,17 +357,6 @@ def test_turns_end_with_the_last_special_token_of_held_out_completions(pico: Pat
     assert evaluator(chats, tokenizer).turn_ends == {end}
 
 
-def test_a_tokenizer_with_other_ids_is_refused(pico: Path, dense_models: Any, tmp_path: Path) -> None:
-    check_tokenizer(dense_models["qwen3"], pico)
-    tokenizer = AutoTokenizer.from_pretrained(pico)
-    tokenizer.add_tokens(["hello"])
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=f"^--model-folder: the tokenizer in {tmp_path}/other .*{pico}"):
-        check_tokenizer(tmp_path / "other", pico)
-    with pytest.raises(InputError, match=r"^--model-folder: no tokenizer in .*none: [^\n]*$"):
-        check_tokenizer(tmp_path / "none", pico)
-
-
 def test_exact_match_is_the_share_of_right_answers(
     pico: Path, held_out: Encoded, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,64 +370,3 @@ def test_exact_match_is_the_share_of_right_answers(
         held_out, tokenizer, config={"generation_domains": ("nowhere",), "generation_examples": 5}
     )
     assert not any("exact_match" in name for name in none.measure(CausalLoss(model), model))
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("#### 1,234", "1234"),
-        ("#### -3.50", "-7/2"),
-        ("so it costs $5.", "5"),
-        ("#### 3/4", "3/4"),
-        ("no number here", None),
-        ("", None),
-        ("#### none", None),
-        ("2 + 2 = 4\n#### 4\n", "4"),
-        ("#### 7 apples, 8 pears", "7"),
-        ("first #### 1 then #### 2", "2"),
-        ("I had 3, then 5", "5"),
-        ("#### 100", "100"),
-        ("#### 1,000,000.00", "1000000"),
-        ("#### .5", "1/2"),
-        ("#### -.25", "-1/4"),
-        ("#### $12", "12"),
-        ("#### 0.10", "1/10"),
-        ("#### 007", "7"),
-        ("#### 12345678901234567890123", "12345678901234567890123"),
-        ("5-3", "3"),
-        ("5 - -3", "-3"),
-        ("it is -3", "-3"),
-        ("1,2", "2"),
-        ("1,234", "1234"),
-        ("1,234,567.5", "2469135/2"),
-        ("12,34", "34"),
-        ("1234,567", "567"),
-        ("1,2345", "2345"),
-        ("#### -0", "0"),
-        ("#### 1/0", "1/0"),
-        ("9" * 5000, "9" * 5000),
-    ],
-)
-def test_final_answers(text: str, answer: str | None) -> None:
-    assert final_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "reference", "same"),
-    [
-        ("#### 1234", "so\n#### 1,234", True),
-        ("it is 1234.0", "#### 1,234", True),
-        ("#### 5", "#### .5", False),
-        ("#### 4", "#### 5", False),
-        ("#### -4", "#### 4", False),
-        ("#### -0", "#### 0", True),
-        ("#### 6/8", "#### 3/4", True),
-        ("#### 1/2", "#### 0.5", True),
-        ("#### 1/2", "#### 2", False),
-        ("#### 1/3", "#### 0.333", False),
-        ("nothing", "nothing", False),
-        ("nothing", "#### 5", False),
-    ],
-)
-def test_same_answers(text: str, reference: str, same: bool) -> None:
-    assert same_answer(text, reference) is same

@@ -12,9 +12,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import GATINGS, SPARSE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from raymoe.config import LocalModel, Model
+from raymoe.methods import SparseUpcycling
 from raymoe.models import dense as seed
 from raymoe.schema import InputError
 from raymoe.storage.store import digest
@@ -149,7 +151,7 @@ def test_moe_models_are_refused(kind: str) -> None:
 def test_other_architectures_are_named_with_the_supported_ones(kind: str) -> None:
     line = error(seed.check_supported, AutoConfig.for_model(kind))
     assert f"architecture {kind} is not supported" in line
-    assert line.endswith("choose from llama, mistral, qwen2, qwen3")
+    assert line.endswith("choose from llama, mistral, qwen2, qwen3, olmo2, granite, ernie4_5")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +167,19 @@ def test_llamas_that_cannot_be_exported_are_refused(settings: dict[str, Any], me
     config = AutoConfig.for_model("llama").to_dict()
     seed.check_supported(config)
     assert message in error(seed.check_supported, {**config, **settings})
+
+
+def test_whether_a_method_can_be_exported_is_known_from_the_folder(dense_models: dict[str, Path]) -> None:
+    for family, folder in dense_models.items():
+        for gating in GATINGS:
+            method = SparseUpcycling(gating=gating)
+            if (family, gating) in SPARSE:
+                seed.check_upcycling(folder, method)
+            else:
+                with pytest.raises(
+                    InputError, match=f"{gating} is not possible with {family}: .* renormalizes"
+                ):
+                    seed.check_upcycling(folder, method)
 
 
 # ---- folders ----

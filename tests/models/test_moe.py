@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -17,8 +18,6 @@ from raymoe.models.moe import (
     upcycle_model,
 )
 from raymoe.schema import InputError
-
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 
 
 def dense_model(folder: Path) -> PreTrainedModel:
@@ -95,6 +94,24 @@ def test_only_straight_through_and_softmax_train_a_top_1_router(pico: Path) -> N
     assert gradients["straight_through"] > 1e-3
     assert gradients["softmax"] > 1e-3
     assert gradients["renormalized"] < 1e-7
+
+
+@pytest.mark.parametrize("gating", ["straight_through", "renormalized", "softmax"])
+def test_a_norm_after_the_experts_hides_the_scale_of_their_sum(
+    dense_models: dict[str, Path], gating: str
+) -> None:
+    """OLMo-2: top-1 gates are a scale, so no gating has a gradient; two different experts have one.
+
+    As the scale has no effect, softmax gating too starts equal to the dense model.
+    """
+    one, two = (upcycled(dense_models["olmo2"], gating, top_k) for top_k in (1, 2))
+    with torch.no_grad():
+        expected = dense_model(dense_models["olmo2"])(tokens()).logits
+        torch.testing.assert_close(one(tokens()).logits, expected, atol=1e-3, rtol=0)
+    for layer in sparse_layers(two):
+        layer.experts.down_proj.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(6))
+    assert router_gradient(one) < 1e-5
+    assert router_gradient(two) > 1e-3
 
 
 def test_straight_through_has_the_gradient_of_a_constant_denominator(pico: Path) -> None:

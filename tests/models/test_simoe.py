@@ -593,7 +593,7 @@ def test_the_layout_counts_the_dense_models_parameters(family: str, device: str)
         "gate": [32],
         "up": [32],
         "down": [48],
-        "norm": [16, 16, 32, 32] if family == "qwen3" else [32, 32],
+        "norm": {"qwen3": [16, 16, 32, 32], "olmo2": [16, 32, 32, 32]}.get(family, [32, 32]),
     }
     for i in (0, 1):
         for kind, widths in per_layer.items():

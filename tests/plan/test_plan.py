@@ -20,11 +20,15 @@ from raymoe.methods import Experts, SparseInterpolation
 from raymoe.models.gates import Gates, PromptRouter
 from raymoe.models.moe import upcycle_model
 from raymoe.models.simoe import interpolate
-from raymoe.plan.cost import CLUSTER_INSTANCE, INSTANCES, PlanOptions, model_config, parsed, plan, plan_sweep
+from raymoe.plan.cost import CLUSTER_INSTANCE, INSTANCES
 from raymoe.plan.memory import activations, recommended
+from raymoe.plan.options import PlanOptions, parse_options
+from raymoe.plan.planner import model_config, plan, plan_sweep
 from raymoe.schema import InputError
 
 ROOT = Path(__file__).parents[2]
+PLANS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "plans.json").read_text())
+"""Arguments of `raymoe plan` and the JSON that commit 6ca74ed printed for them."""
 METHODS: dict[str, dict[str, Any]] = {
     "dense": {"name": "dense"},
     "su": {"name": "su", "num_experts": 4, "top_k": 2},
@@ -65,17 +69,17 @@ def write_shape(folder: Path, name: str) -> Path:
     return folder
 
 
-def job(folder: Path | str, method: str = "dense", **settings: Any) -> RunFile:
+def run_file(folder: Path | str, method: str = "dense", **settings: Any) -> RunFile:
     return RunFile.model_validate({"model": {"name": str(folder)}, "method": METHODS[method], **settings})
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_the_instantiated_models(family: str, method: str, dense_models: dict[str, Path]) -> None:
-    made = plan(job(dense_models[family], method), PlanOptions(tokens=10**6))["parameters"]
+    made = plan(run_file(dense_models[family], method), PlanOptions(tokens=10**6)).counts
     model = pico_model(family)
     active = total = trained = sum(p.numel() for p in model.parameters())
-    settings = job(dense_models[family], method).method
+    settings = run_file(dense_models[family], method).method
     if isinstance(settings, Experts):
         n, k = settings.num_experts, settings.top_k
         upcycle_model(model, torch.randn(2, n, 32), settings)
@@ -87,12 +91,12 @@ def test_counts_are_the_instantiated_models(family: str, method: str, dense_mode
         trained = sum(layer.delta.numel() for layer in made_of.layers)
         beside = [*Gates(settings, made_of.layout).parameters(), *PromptRouter(settings, 32).parameters()]
         active = total = total + trained + sum(p.numel() for p in beside)
-    assert made == {"total": total, "active": active, "trained": trained}
+    assert (made.total, made.active, made.trained) == (total, active, trained)
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_models_have_their_known_sizes(name: str, tmp_path: Path) -> None:
-    config = model_config(job(write_shape(tmp_path, name)))
+    config = model_config(run_file(write_shape(tmp_path, name)))
     assert on_meta(config).num_parameters() == KNOWN[name]
 
 
@@ -109,10 +113,10 @@ def test_the_known_sizes_are_the_sum_of_the_shapes(name: str) -> None:
 
 def test_flops_are_six_per_parameter_and_attention(tmp_path: Path) -> None:
     made = plan(
-        job(write_shape(tmp_path, "llama-2-7b"), data={"max_length": 2048}), PlanOptions(tokens=10**9)
+        run_file(write_shape(tmp_path, "llama-2-7b"), data={"max_length": 2048}), PlanOptions(tokens=10**9)
     )
     parameters = KNOWN["llama-2-7b"] - 32_000 * 4096
-    assert made["flops_per_token"] == 6 * parameters + 6 * 32 * 2048 * 4096
+    assert made.flops_per_token == 6 * parameters + 6 * 32 * 2048 * 4096
 
 
 def test_hours_and_price_are_flops_over_peak(tmp_path: Path) -> None:
@@ -122,19 +126,20 @@ def test_hours_and_price_are_flops_over_peak(tmp_path: Path) -> None:
         "data": {"max_length": 1000},
         "optimization": {"batch_size": 8},
     }
-    made = plan(job(write_shape(tmp_path, "llama-2-7b"), **settings), options)
-    hours = made["flops_per_token"] * 1e9 / (8 * 312e12 * 0.4) / 3600
-    assert made["steps"] == 125_000
-    assert made["on"][0]["hours"] == pytest.approx(hours)
-    assert made["on"][0]["price"] == pytest.approx(hours * 8 * 2.5)
+    made = plan(run_file(write_shape(tmp_path, "llama-2-7b"), **settings), options)
+    hours = made.flops_per_token * 1e9 / (8 * 312e12 * 0.4) / 3600
+    assert made.steps == 125_000
+    assert made.on[0].cost.hours == pytest.approx(hours)
+    assert made.on[0].cost.price == pytest.approx(hours * 8 * 2.5)
 
 
 def test_memory_of_the_stages_is_their_state(tmp_path: Path) -> None:
     made = plan(
-        job(write_shape(tmp_path, "danube2-1.8b"), precision="bfloat16"), PlanOptions(gpus=8, tokens=10**9)
+        run_file(write_shape(tmp_path, "danube2-1.8b"), precision="bfloat16"),
+        PlanOptions(gpus=8, tokens=10**9),
     )
     n = KNOWN["danube2-1.8b"]
-    state = {(s["zero_stage"], s["offload"]): s["state"] for s in made["memory"]}
+    state = {(s.zero_stage, s.offload): s.state for s in made.memory}
     spread = 2 * n + 16 * n / 8  # bf16 weights; fp32 gradients, weights and two moments over 8
     for stage in range(3):  # below ZeRO-2, bf16 runs as ZeRO-2
         assert state[stage, "none"] == pytest.approx(spread, rel=1e-6)
@@ -157,8 +162,8 @@ def test_memory_is_what_training_allocates(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_checkpointing_keeps_inputs_and_one_layer(tmp_path: Path) -> None:
-    model = on_meta(model_config(job(write_shape(tmp_path, "llama-2-7b"))))
-    method = job("local").method
+    model = on_meta(model_config(run_file(write_shape(tmp_path, "llama-2-7b"))))
+    method = run_file("local").method
     whole, less = (activations(model, method, "bfloat16", 4096, on) for on in (False, True))
     layer = 2 * (4 + 4) * 4096 + 2 * 5 * 4096 + 8 * 11_008  # two norms, attention, FFN
     assert whole.kept == 4096 * 32 * layer
@@ -173,7 +178,7 @@ def test_what_is_recommended_fits_and_little_memory_takes_more(tmp_path: Path) -
         "data": {"max_length": 4096},
         "optimization": {"batch_size": 128},
     }
-    asked = job(write_shape(tmp_path, "llama-3-8b"), "su", **settings)
+    asked = run_file(write_shape(tmp_path, "llama-3-8b"), "su", **settings)
     model = on_meta(model_config(asked))
     counts = count(model, asked.method)
     large, middle, small = (recommended(model, asked, 8, m * 1e9, counts) for m in (800, 80, 24))
@@ -186,11 +191,11 @@ def test_what_is_recommended_fits_and_little_memory_takes_more(tmp_path: Path) -
 def test_steps_come_from_max_steps_or_are_asked_for(tmp_path: Path) -> None:
     folder = write_shape(tmp_path, "danube2-1.8b")
     execution = {"storage": str(tmp_path / "runs")}
-    unknown = plan(job(folder, execution=execution), PlanOptions())
-    assert unknown["steps"] is None and "--tokens" in unknown["steps_from"]
-    assert all(each["hours"] is None for each in unknown["on"])
-    capped = plan(job(folder, execution=execution, optimization={"max_steps": 7}), PlanOptions())
-    assert (capped["steps"], capped["tokens"]) == (7, 7 * 8 * 512)
+    unknown = plan(run_file(folder, execution=execution), PlanOptions())
+    assert unknown.steps is None and "--tokens" in unknown.steps_from
+    assert all(each.cost.hours is None for each in unknown.on)
+    capped = plan(run_file(folder, execution=execution, optimization={"max_steps": 7}), PlanOptions())
+    assert (capped.steps, capped.tokens) == (7, 7 * 8 * 512)
 
 
 def test_steps_of_encoded_instructions_are_those_that_training_takes(
@@ -206,11 +211,11 @@ def test_steps_of_encoded_instructions_are_those_that_training_takes(
         "execution": {"storage": str(tmp_path)},
         "optimization": {"batch_size": 4},
     }
-    asked = job(pico, **settings)
+    asked = run_file(pico, **settings)
     context = stages.Context(Store(str(tmp_path)), asked.execution, lambda _: None)
     encoded = stages.make(stages.instructions(asked.run()), context).fetch() / "train"
     windows = epoch_sequences(Encoded.load(encoded), 256, seed=0, epoch=0)
-    assert plan(asked, PlanOptions())["steps"] == len(windows) // 4
+    assert plan(asked, PlanOptions()).steps == len(windows) // 4
 
 
 @pytest.mark.parametrize(
@@ -236,23 +241,24 @@ def test_wrong_input_is_one_line(
 
 def test_a_folder_without_a_config_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has no config\.json"):
-        model_config(job(tmp_path))
+        model_config(run_file(tmp_path))
 
 
 def test_a_sweep_costs_what_its_trials_cost(tmp_path: Path, pico: Path) -> None:
-    jobs = {
-        name: job(pico, name, execution={"storage": str(tmp_path)}, precision="bfloat16")
+    trials = {
+        name: run_file(pico, name, execution={"storage": str(tmp_path)}, precision="bfloat16")
         for name in ("dense", "su")
     }
     options = PlanOptions(gpus=4, tokens=10**9)
-    made = plan_sweep(jobs, options)
-    each = [plan(j, replace(options, gpu="l40s"))["on"][0] for j in jobs.values()]
-    assert made["hours"] == pytest.approx(sum(e["hours"] for e in each))
+    made = plan_sweep(trials, options)
+    each = [plan(j, replace(options, gpu="l40s")).on[0].cost for j in trials.values()]
+    assert made.hours == pytest.approx(sum(e.hours or 0 for e in each))
+    assert made.hours is not None
     dollars = INSTANCES[CLUSTER_INSTANCE][2]
-    assert made["price"] == pytest.approx(made["hours"] * dollars)
-    assert [t["trial"] for t in made["trials"]] == ["dense", "su"]
-    unknown = plan_sweep(jobs, PlanOptions(gpus=4))
-    assert unknown["hours"] is None and unknown["price"] is None
+    assert made.price == pytest.approx(made.hours * dollars)
+    assert [t.trial for t in made.trials] == ["dense", "su"]
+    unknown = plan_sweep(trials, PlanOptions(gpus=4))
+    assert unknown.hours is None and unknown.price is None
 
 
 def test_a_sweep_is_planned_on_the_instances_of_the_cluster_file() -> None:
@@ -272,9 +278,9 @@ def test_the_command_line_plans_a_sweep(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_elastic_workers_may_share_unevenly(pico: Path) -> None:
-    asked = job(pico, execution={"workers": (2, 3)})
-    assert parsed({}, asked).gpus == 3
-    assert plan(asked, parsed({"tokens": "1_000_000"}, asked))["gpus"] == 3
+    asked = run_file(pico, execution={"workers": (2, 3)})
+    assert parse_options({}, asked).gpus == 3
+    assert plan(asked, parse_options({"tokens": "1_000_000"}, asked)).gpus == 3
 
 
 def test_the_command_line_prints_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -285,3 +291,19 @@ def test_the_command_line_prints_json(capsys: pytest.CaptureFixture[str], tmp_pa
     assert exit_.value.code == 0
     assert (made["model"], made["method"], made["steps"]) == ("local", "su", 244)
     assert [each["gpu"] for each in made["on"]] == ["h100"]
+
+
+@pytest.mark.parametrize("case", PLANS, ids=lambda case: case["arguments"])
+def test_json_is_what_commit_6ca74ed_printed(
+    case: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in PAPERS:
+        (tmp_path / name).mkdir()
+        write_shape(tmp_path / name, name)
+    monkeypatch.chdir(tmp_path)
+    ours = ("configs/", "sweeps/")
+    arguments = [str(ROOT / w) if w.startswith(ours) else w for w in case["arguments"].split()]
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["plan", *arguments, "--json"])
+    made = json.loads(capsys.readouterr().out)
+    assert (list(made), made) == (list(case["plan"]), case["plan"])

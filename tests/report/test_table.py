@@ -154,6 +154,35 @@ def test_sparsity_overlap_and_size_come_after_the_losses(capsys: pytest.CaptureF
     assert cells[2][5] == "999"
 
 
+def test_metrics_have_the_order_and_units_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {
+        "system/peak_memory_bytes": 1.5e9,
+        "eval/text/bleu": 31.25,  # not in the table: as it is, behind those that are
+        "eval/text/loss": 1.5,
+        "eval/code/exact_match": 0.5,
+        "eval/accuracy": 0.25,
+        "eval/perplexity": 2.0,
+        "eval/text/perplexity": 4.0,
+        "routing/text/load/0": 0.5,
+        "mine/size": 3.0,
+    }
+    row = TrialResult("a", {}, "FINISHED", evaluations(1.0, **measured))
+    titles, cells = printed([row], capsys)
+    assert dict(zip(titles[1:-2], cells[1:-2], strict=True)) == {
+        "loss": "1.0000",
+        "perplexity": "2.0000",
+        "accuracy": "0.2500",
+        "code/exact_match": "0.5000",
+        "text/loss": "1.5000",
+        "text/bleu": "31.2500",
+        "peak memory": "1.5GB",
+    }
+    assert titles[1:5] == ["loss", "perplexity", "accuracy", "code/exact_match"]
+    titles, cells = printed([row], capsys, "system/peak_memory_bytes", "min")
+    assert titles[1] == "peak memory" and titles[-2:] == ["best peak memory", "status"]
+    assert cells[-2] == "1.5GB"
+
+
 # ---- averages
 
 

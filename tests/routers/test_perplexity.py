@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from support.models import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from raymoe.data.instructions import Encoded
@@ -42,7 +43,7 @@ def plain_nll(folder: Path, encoded: Encoded) -> list[float]:
     return sums
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tokens_per_batch", [1, 50, 10_000])
 def test_scores_equal_a_plain_forward_whatever_the_batch(
     dense_models: dict[str, Path], encoded: Encoded, family: str, tokens_per_batch: int

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,6 @@ from raymoe.routers.actors import load_model
 from raymoe.routers.prompts import Kind, represent, represent_all
 from raymoe.schema import InputError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 KINDS: tuple[Kind, ...] = ("last_hidden", "embedding")
 Prompts = list[NDArray[np.int32]]
 

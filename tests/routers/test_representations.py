@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.models import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -44,17 +45,30 @@ def scores(encoded: Encoded, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plain_representations(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
-    """Each point's [L, T, D] of a batch of one, with hooks of the test's own; `layers[i]` written out."""
+    """Each point's [L, T, D] of a batch of one, with hooks of the test's own.
+
+    The residual after attention is what the norm of the FFN gets, or, if norms come after, the sum written out.
+    """
     taken: dict[str, list[Tensor]] = {name: [] for name in POINTS}
     handles = []
+    post_norm = not hasattr(model.model.layers[0], "input_layernorm")
+    inputs: list[Tensor] = []
     for layer in model.model.layers:
+        residual = (
+            layer.post_attention_layernorm.register_forward_hook(
+                lambda m, x, y: taken["attention_residual"].append(inputs[-1] + y[0])
+            )
+            if post_norm
+            else layer.post_attention_layernorm.register_forward_pre_hook(
+                lambda m, x: taken["attention_residual"].append(x[0][0])
+            )
+        )
         handles += [
+            residual,
+            layer.register_forward_pre_hook(lambda m, x: inputs.append(x[0][0])),
             layer.mlp.register_forward_pre_hook(lambda m, x: taken["ffn_input"].append(x[0][0])),
             layer.self_attn.o_proj.register_forward_hook(
                 lambda m, x, y: taken["attention_output"].append(y[0])
-            ),
-            layer.post_attention_layernorm.register_forward_pre_hook(
-                lambda m, x: taken["attention_residual"].append(x[0][0])
             ),
         ]
     with torch.no_grad():
@@ -74,7 +88,7 @@ def expected_representations(folder: Path, encoded: Encoded, tokens: Tokens, poi
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_a_plain_forward_and_independent_of_packing(
     dense_models: dict[str, Path], encoded: Encoded, family: str, point: str
 ) -> None:

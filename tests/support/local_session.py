@@ -78,7 +78,7 @@ def small_run(pico: Path, data: Path, method: Any = None, **optimization: Any) -
     values = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 6, "num_epochs": 3, **optimization}
     return Run(
         model=Model(name=str(pico)),
-        data={"train": str(data), "max_length": LENGTH},  # type: ignore[arg-type]
+        data={"train": str(data), "max_length": LENGTH},
         method=method or Dense(),
         optimization=Optimization(**values),
         evaluation=Evaluation(milestones=(0, 0.5, 1), generation_examples=2, max_new_tokens=4),

@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from raymoe.models import families
+from raymoe.models.families import Layout
+
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 SHAPE: dict[str, Any] = {
     "vocab_size": 264,
@@ -22,13 +25,27 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 257,
     "pad_token_id": 258,
 }
-# What distinguishes the families, so that nothing of it can be forgotten unseen.
+# What distinguishes the families, so that nothing of it can be forgotten unseen: one entry per record of
+# raymoe.models.families (tests/models/test_families.py).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 8, "head_dim": 8},
     "qwen2": {},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 1.7,
+        "tie_word_embeddings": True,
+    },
+    "ernie4_5": {"head_dim": 16},
 }
+GATINGS = ("straight_through", "renormalized", "softmax")
+SPARSE = [(f, g) for f in FAMILIES for g in GATINGS if isinstance(families.FAMILIES[f].sparse[g], Layout)]
+"""(family, gating) that a stock sparse class computes."""
+IMPOSSIBLE = [(f, g) for f in FAMILIES for g in GATINGS if (f, g) not in SPARSE]
 
 
 def byte_tokenizer(add_bos: bool) -> PreTrainedTokenizerFast:

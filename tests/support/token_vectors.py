@@ -34,4 +34,5 @@ def language_like() -> Tensor:
 
 
 def unit_vectors(x: Tensor) -> np.ndarray:
-    return (x / x.norm(dim=-1, keepdim=True)).numpy()
+    unit: np.ndarray = (x / x.norm(dim=-1, keepdim=True)).numpy()
+    return unit

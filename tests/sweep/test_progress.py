@@ -63,6 +63,20 @@ def test_lines_and_ends(tmp_path: Path) -> None:
     assert ends[2] == ("train-a", None)
 
 
+def test_a_milestone_is_told_in_the_metrics_own_unit(tmp_path: Path) -> None:
+    lines: list[str] = []
+    shown = TuneProgress(
+        {"train-a": "su-2"},
+        "model/parameters",
+        Store(tmp_path),
+        lines.append,
+        lambda _: None,
+        lambda *_: None,
+    )
+    shown.on_trial_result(0, [], trial(), {"step": 3.0, "model/parameters": 1_380_000.0, "eval/loss": 1.25})
+    assert lines == ["su-2: step 3  model/parameters 1.38M"]
+
+
 def test_an_error_is_told_by_its_root_cause(tmp_path: Path) -> None:
     lines: list[str] = []
     ends: list[tuple[str, str | None]] = []

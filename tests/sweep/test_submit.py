@@ -104,7 +104,7 @@ def test_a_job_outlives_its_client_is_found_again_and_resumed(user: User) -> Non
     told = first.stderr.readline()
     name = told.split(":")[0]
     assert name.startswith("raymoe-tiny-") and f"RAYMOE_STORAGE={user.shared}" in told
-    while "tiny: 1 trials, 0 of them already in" not in first.stdout.readline():
+    while "tiny: 1 trial, 0 of them already in" not in first.stdout.readline():
         assert first.poll() is None
     first.send_signal(signal.SIGINT)
     code, text = ended(first)
@@ -122,7 +122,7 @@ def test_a_job_outlives_its_client_is_found_again_and_resumed(user: User) -> Non
 
     code, text = user.ray_job("python", "tiny.py", "my-run.yaml")
     assert code == 0, text
-    assert "tiny: 1 trials, 1 of them already in" in text and "dense: started" not in text
+    assert "tiny: 1 trial, 1 of them already in" in text and "dense: started" not in text
     client = MlflowClient(user.database)
     runs = client.search_runs([client.get_experiment_by_name("raymoe").experiment_id])
     assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED"]  # the sweep and its trial

@@ -17,9 +17,11 @@ from raymoe.methods import Dense, SparseInterpolation, SparseUpcycling
 from raymoe.schema import InputError
 from raymoe.stages import Context, Stage
 from raymoe.storage.store import Store
-from raymoe.sweep.definition import Point, Sweep, Trial, load, trials_of
-from raymoe.sweep.run import SweepOptions, TrialBook, execute, make_shared_stages
-from raymoe.tracking.ledger import TRIAL_KEY, Ledger
+from raymoe.sweep.book import TrialBook
+from raymoe.sweep.definition import Point, Sweep, SweepOptions, Trial, load, trials_of
+from raymoe.sweep.run import execute, make_shared_stages
+from raymoe.tracking.client import TRIAL_KEY
+from raymoe.tracking.ledger import Ledger
 from raymoe.tracking.results import read_sweeps
 
 ROOT = Path(__file__).parents[2]
@@ -116,19 +118,19 @@ def test_every_configuration_dry_runs(tmp_path: Path, capsys: pytest.CaptureFixt
             command_line(["train", str(file), "--dry-run", "--storage", str(tmp_path)])
         captured = capsys.readouterr()
         assert exit.value.code == 0, f"{file}: {captured.err}"
-        assert "1 trials" in captured.out
+        assert "1 trial, " in captured.out
 
 
 # ---- planning
 
 
 def test_the_dry_run_says_what_is_there_already(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = RunFile(execution=Execution(storage=str(tmp_path)))
-    trials = trials_of(sweep_over(2, 4), job.run())
+    run_file = RunFile(execution=Execution(storage=str(tmp_path)))
+    trials = trials_of(sweep_over(2, 4), run_file.run())
     shared = stages.upstream([trials[0].stage])[0]
     for stage in (shared, trials[1].stage):
         Store(tmp_path).make(stage.name, stage.identity, lambda folder: {})
-    assert execute(sweep_over(2, 4), job, SweepOptions(dry_run=True)) == 0
+    assert execute(sweep_over(2, 4), run_file, SweepOptions(dry_run=True)) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     there = [line[3] for line in lines if line[:3] == ["in", "the", "store"]]
     todo = [line[2] for line in lines if line[:2] == ["to", "do"]]
@@ -150,11 +152,11 @@ def test_a_dry_run_says_what_the_trials_cost(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_the_dry_run_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = RunFile(execution=Execution(storage=str(tmp_path)))
-    trials = trials_of(sweep_over(2, 4), job.run())
+    run_file = RunFile(execution=Execution(storage=str(tmp_path)))
+    trials = trials_of(sweep_over(2, 4), run_file.run())
     stage = trials[1].stage
     Store(tmp_path).make(stage.name, stage.identity, lambda folder: {})
-    assert execute(sweep_over(2, 4), job, SweepOptions(dry_run=True, json=True)) == 0
+    assert execute(sweep_over(2, 4), run_file, SweepOptions(dry_run=True, json=True)) == 0
     told = json.loads(capsys.readouterr().out)
     rows = told.pop("cost")["trials"]
     assert [(row["trial"], row["in_store"]) for row in rows] == [("2", False), ("4", True)]

@@ -17,16 +17,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from raymoe.metrics import METRICS, Metric
 from raymoe.schema import InputError
-from raymoe.tracking import ledger as tracking
-from raymoe.tracking.ledger import (
-    TRIAL_KEY,
-    Ledger,
-    best_and_final,
-    default_uri,
-    git_sha,
-    without_credentials,
-)
+from raymoe.tracking import experiment as runs
+from raymoe.tracking.client import TRIAL_KEY, default_uri, without_credentials
+from raymoe.tracking.experiment import git_sha
+from raymoe.tracking.ledger import Ledger, best_and_final
 from raymoe.tracking.metric_log import MetricLog, read_rows
 from raymoe.tracking.results import read_sweeps
 
@@ -236,6 +232,25 @@ def test_best_is_the_smallest_loss_and_the_most_right_answers() -> None:
     assert best_and_final([]) == {}
 
 
+@pytest.mark.parametrize("metric", [m for m in METRICS if m.better and m.pattern.startswith("eval/")])
+def test_best_is_what_the_table_calls_better(metric: Metric) -> None:
+    name = metric.pattern.replace("<domain>", "math")
+    rows = [{"step": i, "eval/loss": 1.0, name: value} for i, value in enumerate((0.2, 0.4, 0.1, 0.3))]
+    summary = best_and_final(rows)
+    assert summary[f"best/{name[5:]}"] == (0.4 if metric.better == "higher" else 0.1)
+    assert summary[f"final/{name[5:]}"] == 0.3
+
+
+def test_nothing_is_guessed_of_a_metric_that_is_not_in_the_table() -> None:
+    rows = [{"step": i, "eval/loss": 1.0, "eval/math/bleu": i, "mine/size": 2 * i} for i in range(1, 3)]
+    assert best_and_final(rows) == {
+        "best/loss": 1.0,
+        "final/loss": 1.0,
+        "final/math/bleu": 2,
+        "final/mine/size": 4,
+    }
+
+
 def test_what_describes_the_model_has_an_end_but_no_best() -> None:
     rows = [
         {"step": 1.0, "eval/loss": 3.0, "masks/sparsity": 0.5, "model/active_parameters": 10.0},
@@ -316,7 +331,7 @@ def test_no_step_is_lost_or_doubled_when_the_ledgers_process_is_killed(uri: str,
     write(20)
     process = subprocess.Popen(
         [sys.executable, "-c", LEDGER_PROCESS, uri, str(log.file)],
-        env={**os.environ, "PYTHONPATH": str(Path(tracking.__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(runs.__file__).parents[2])},
     )
     wait_until(lambda: len(held.history("train/tokens")) >= 20)
     write(20)  # some of these may be on their way
@@ -421,13 +436,13 @@ def test_mlflow_that_comes_up_later_gets_everything(
 def test_nothing_waits_for_an_mlflow_that_hangs(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers, connect = threading.Event(), tracking.connect
+    answers, connect = threading.Event(), runs.connect
 
     def hanging(where: str) -> Any:
         assert answers.wait(60)
         return connect(where)
 
-    monkeypatch.setattr(tracking, "connect", hanging)
+    monkeypatch.setattr(runs, "connect", hanging)
     ledger = Ledger("raymoe", uri)
     log = MetricLog(tmp_path / "metrics.jsonl")
     open_trial(ledger, log.file)
@@ -442,7 +457,7 @@ def test_nothing_waits_for_an_mlflow_that_hangs(
 def test_a_run_that_mlflow_failed_after_creating_is_completed(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(uri)
     experiment = client.create_experiment("raymoe")
-    parent = client.create_run(experiment, tags={tracking.SWEEP_KEY: "s-1", "sweep": "s"}, run_name="s-1")
+    parent = client.create_run(experiment, tags={runs.SWEEP_KEY: "s-1", "sweep": "s"}, run_name="s-1")
     tags = {TRIAL_KEY: "train-1", "mlflow.parentRunId": parent.info.run_id}
     trial = client.create_run(experiment, tags=tags, run_name="x")
     client.log_param(trial.info.run_id, "method", "su")
@@ -600,7 +615,7 @@ def test_credentials_are_never_said(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracking, "connect", lambda uri: MlflowClient(uri))
+    monkeypatch.setattr(runs, "connect", lambda uri: MlflowClient(uri))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # not listening: connections are refused

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import write_pico
+from support.models import FAMILIES, SPARSE, write_pico
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from raymoe.methods import Dense, SparseUpcycling
+from raymoe.models.moe import FFN, upcycle_model
 from raymoe.schema import InputError
 from raymoe.upcycle import expand
 from raymoe.upcycle.checkpoint import materialize, write_model
+from raymoe.upcycle.shards import ShardWriter, Slot
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
-GATINGS = ["straight_through", "renormalized", "softmax"]
 ROWS = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -55,8 +55,7 @@ def tensors_on_disk(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("gating", GATINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "gating"), SPARSE)
 def test_stock_transformers_computes_the_upcycled_model(
     dense_models: dict[str, Path], tmp_path: Path, family: str, gating: str, top_k: int
 ) -> None:
@@ -79,6 +78,9 @@ def test_stock_transformers_computes_the_upcycled_model(
         ("llama", "softmax", "qwen2_moe"),
         ("qwen2", "renormalized", "qwen2_moe"),
         ("qwen3", "softmax", "qwen3_moe"),
+        ("olmo2", "straight_through", "flex_olmo"),
+        ("granite", "straight_through", "granitemoe"),
+        ("ernie4_5", "renormalized", "ernie4_5_moe"),
     ],
 )
 def test_names_on_disk_are_those_of_save_pretrained(
@@ -94,6 +96,57 @@ def test_names_on_disk_are_those_of_save_pretrained(
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     settings = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("moe", "theirs")]
     assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_folder_has_the_dtypes_of_save_pretrained(tmp_path: Path, family: str) -> None:
+    """Ernie keeps its router in float32; what is routed, and computed, is what it is in memory."""
+    dense = write_pico(tmp_path / "float", family)
+    AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    materialize(tmp_path / "dense", ROWS, method("straight_through"), tmp_path / "moe")
+    model = stock(tmp_path / "moe")
+    model.save_pretrained(tmp_path / "theirs")
+    mine, theirs = tensors_on_disk(tmp_path / "moe"), tensors_on_disk(tmp_path / "theirs")
+    assert all(theirs[name].dtype == t.dtype and torch.equal(theirs[name], t) for name, t in mine.items())
+    assert {t.dtype for t in mine.values()} <= {torch.bfloat16, torch.float32}
+    expected = expand(tmp_path / "dense", ROWS, method("straight_through"), torch.bfloat16).eval()
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("olmo2", {"attention_bias": True, "head_dim": 16}),
+        ("granite", {"attention_bias": True, "head_dim": 16, "tie_word_embeddings": False}),
+        ("ernie4_5", {"head_dim": 8, "tie_word_embeddings": False}),
+    ],
+)
+def test_settings_that_a_class_holds_are_carried(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    dense = write_pico(tmp_path / "dense", family, **settings)
+    materialize(dense, ROWS, method(top_k=2), tmp_path / "moe")
+    config = stock(tmp_path / "moe").config
+    assert (config.num_experts_per_tok, config.router_aux_loss_coef) == (2, pytest.approx(0.04 / 2))
+    expected = logits(AutoModelForCausalLM.from_pretrained(dense))
+    torch.testing.assert_close(logits(stock(tmp_path / "moe")), expected, atol=1e-5, rtol=0)
+
+
+def different(ffn: FFN, layer: int, expert: int) -> FFN:
+    """Experts of which no two are alike."""
+    return FFN(*(weight * (1 + layer + expert / 8 + i / 4) for i, weight in enumerate(ffn)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_that_are_no_copies_are_written_in_their_places(
+    dense_models: dict[str, Path], tmp_path: Path, family: str
+) -> None:
+    dense, upcycling = dense_models[family], method(top_k=2)
+    materialize(dense, ROWS, upcycling, tmp_path / "moe", max_shard_bytes=30_000, start=different)
+    model = upcycle_model(AutoModelForCausalLM.from_pretrained(dense), ROWS, upcycling, start=different)
+    actual = logits(stock(tmp_path / "moe"))
+    torch.testing.assert_close(actual, logits(model.eval()), atol=1e-5, rtol=0)
+    assert (actual - logits(AutoModelForCausalLM.from_pretrained(dense))).abs().max() > 0.1
 
 
 def test_settings_are_carried_and_mapped(tmp_path: Path) -> None:
@@ -180,8 +233,7 @@ def trained(dense: Path, gating: str, dtype: torch.dtype = torch.float32) -> Pre
     return model
 
 
-@pytest.mark.parametrize("gating", GATINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "gating"), SPARSE)
 def test_a_trained_model_is_the_same_in_stock_transformers(
     dense_models: dict[str, Path], tmp_path: Path, family: str, gating: str
 ) -> None:
@@ -245,6 +297,25 @@ def test_missing_and_unknown_tensors_are_refused(pico: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_stacked_tensor_without_one_of_its_experts_is_refused(tmp_path: Path) -> None:
+    weight = torch.arange(12.0).view(2, 2, 3)
+    plan = {"stacked": Slot.of(torch.float32, 4, 2, 3, parts=4)}
+    (tmp_path / "short").mkdir()
+    with (
+        pytest.raises(ValueError, match="1 tensors were never written, such as stacked"),
+        ShardWriter(tmp_path / "short", plan) as writer,
+    ):
+        for part in (0, 3, 1):
+            writer.write("stacked", weight[0], part)
+    with ShardWriter(tmp_path, plan) as writer:
+        with pytest.raises(ValueError, match=r"stacked has shape \(2, 2, 3\), the model on disk \(2, 3\)"):
+            writer.write("stacked", weight, 1)
+        for part in (3, 1, 0, 2):
+            writer.write("stacked", weight[part % 2] + part, part)
+    written = load_file(tmp_path / "model.safetensors")["stacked"]
+    assert torch.equal(written, torch.stack([weight[part % 2] + part for part in range(4)]))
+
+
 def test_what_is_there_is_never_overwritten(pico: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     materialize(pico, ROWS, method(), tmp_path / "empty")
@@ -302,6 +373,11 @@ def test_a_model_larger_than_the_disk_is_refused_at_once(pico: Path, tmp_path: P
     [
         ("llama", {"attention_bias": True}, "softmax", "attention biases"),
         ("llama", {"mlp_bias": True}, "renormalized", "FFN has biases"),
+        ("olmo2", {"mlp_bias": True}, "softmax", "FFN has biases"),
+        ("granite", {}, "softmax", "GraniteMoE always renormalizes"),
+        ("granite", {"mlp_bias": True}, "renormalized", "FFN has biases"),
+        ("ernie4_5", {}, "softmax", "Ernie 4.5 MoE always renormalizes"),
+        ("ernie4_5", {"use_bias": True}, "renormalized", "FFN has biases"),
         (
             "qwen3",
             {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True},

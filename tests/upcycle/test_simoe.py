@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import write_pico
+from support.models import FAMILIES, write_pico
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -37,7 +37,6 @@ from raymoe.upcycle.simoe import (
     write_simoe,
 )
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 DTYPES = [torch.float32, torch.bfloat16]
 IDS = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
 WEIGHTS_SM = torch.tensor([[0.2, 0.7, 0.1], [0.05, 0.15, 0.8]])
