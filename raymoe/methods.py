@@ -32,8 +32,13 @@ class MethodConfig(Config):
         return 1
 
     @property
+    def interpolates(self) -> bool:
+        """True if every prompt has weights of its own, a mixture of the experts'."""
+        return False
+
+    @property
     def domains(self) -> tuple[str, ...]:
-        """Domains that the data have to have."""
+        """Domains that the data have to have, because each gets experts of its own."""
         return ()
 
 
@@ -193,6 +198,11 @@ class SparseInterpolation(MethodConfig):
     """What the router sees of a prompt, averaged over its tokens: the dense model's last hidden state, computed
     once per data set, or the token embeddings."""
 
+    @property
+    def interpolates(self) -> bool:
+        """Always."""
+        return True
+
 
 class DropUpcycling(Experts):
     """Drop-Upcycling (Nakamura et al., ICLR 2025): random routers, and experts that each forget a part of the FFN."""
@@ -231,6 +241,8 @@ class Seam:
     """Makes the router rows [L, N, D] that training starts from (`raymoe.upcycle.router`); None: has no routers."""
     expert: str | None = None
     """Makes one expert from the dense FFN (`raymoe.upcycle.expert_start`); None: experts are copies."""
+    size: str = "raymoe.analysis.size:upcycled"
+    """Counts the parameters of a dense model under it (`raymoe.analysis.size.count`)."""
     extension: str = "raymoe.train.extension:Extension"
     """What it adds to the training step, and how its result is measured and written."""
 
@@ -260,6 +272,7 @@ SEAMS: dict[type[MethodConfig], Seam] = {
     ),
     SparseInterpolation: Seam(
         stages=("prompts",),
+        size="raymoe.analysis.size:interpolated",
         extension="raymoe.train.masks:MaskTrainer",
     ),
 }

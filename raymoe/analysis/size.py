@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from raymoe.methods import Dense, Experts, SparseInterpolation
+from raymoe.methods import MethodConfig, SparseInterpolation, resolve, seam
 from raymoe.models.gates import GateLayout, PromptRouter, gate_layout
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -111,14 +111,23 @@ def _counts(
     }
 
 
-def count(model: PreTrainedModel, method: Dense | Experts | SparseInterpolation) -> Counts:
+def count(model: PreTrainedModel, method: MethodConfig) -> Counts:
     """Count the parameters that `method` makes of the dense `model`; SIMoE's total is that after training."""
-    if isinstance(method, Experts):
-        return _upcycled(model, method.num_experts, method.top_k)
-    if isinstance(method, SparseInterpolation):
-        return _interpolated(model, method, None, None)
-    dense = model.num_parameters()
-    return Counts(dense, dense, dense)
+    counts: Counts = resolve(seam(method).size)(model, method)
+    return counts
+
+
+def upcycled(model: PreTrainedModel, method: MethodConfig) -> Counts:
+    """Count `model` with every FFN as often as `method` stores it, and a router where that is more than once."""
+    if method.ffns_per_layer == 1:
+        dense = model.num_parameters()
+        return Counts(dense, dense, dense)
+    return _upcycled(model, method.ffns_per_layer, method.ffns_per_token)
+
+
+def interpolated(model: PreTrainedModel, method: SparseInterpolation) -> Counts:
+    """Count `model` as a SIMoE with the sparsity that `method` asks for."""
+    return _interpolated(model, method, None, None)
 
 
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:

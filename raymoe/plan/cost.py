@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
 
 from raymoe.analysis.size import on_meta
-from raymoe.methods import Experts
+from raymoe.methods import Experts, MethodConfig
 from raymoe.models.moe import upcycle_model
 from raymoe.train.flops import PEAK_BFLOAT16, PEAK_FLOAT32, training_flops_per_token
 
@@ -78,11 +79,12 @@ def instances(gpu: str, gpus: int) -> tuple[str, ...]:
     return tuple(name for name, (kind, n, _) in INSTANCES.items() if kind == gpu and n == gpus)
 
 
-def flops_per_token(model: PreTrainedModel, method: object, length: int) -> float:
+def flops_per_token(model: PreTrainedModel, method: MethodConfig, length: int) -> float:
     """Count FLOPs as `system/mfu` does (raymoe.train.flops); for SIMoE, the dense model's. `model` is not changed."""
-    if not isinstance(method, Experts):
+    if method.ffns_per_layer == 1:
         return training_flops_per_token(model, length, 1)
     config = model.config
     sparse = on_meta(config)
-    rows = torch.empty(config.num_hidden_layers, method.num_experts, config.hidden_size, device="meta")
-    return training_flops_per_token(upcycle_model(sparse, rows, method), length, method.top_k)
+    experts = cast(Experts, method)
+    rows = torch.empty(config.num_hidden_layers, experts.num_experts, config.hidden_size, device="meta")
+    return training_flops_per_token(upcycle_model(sparse, rows, experts), length, experts.top_k)

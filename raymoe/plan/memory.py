@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from raymoe.analysis.size import WEIGHT_BYTES, Counts, training_state
 from raymoe.config import RunFile
-from raymoe.methods import Experts, MethodConfig, SparseInterpolation
+from raymoe.methods import MethodConfig
 from raymoe.models.families import family_of
 from raymoe.models.gates import gate_layout
 from raymoe.models.packed_attention import LOGITS_PER_CHUNK
@@ -103,7 +103,7 @@ def activations(
     c, b = model.config, WEIGHT_BYTES[precision]
     layer = tokens * _layer_bytes(model, method, b)
     kept = c.num_hidden_layers * (tokens * b * c.hidden_size if checkpointing else layer)
-    if isinstance(method, SparseInterpolation):
+    if method.interpolates:
         kept += -(-tokens // TOKENS_PER_DOCUMENT) * gate_layout(model).size * 8
     chunks = -(-tokens * c.vocab_size // LOGITS_PER_CHUNK)
     head = tokens * (4 + 3 * b) * c.hidden_size + 12 * -(-tokens * c.vocab_size // chunks)
@@ -113,7 +113,7 @@ def activations(
     return Activations(kept, max(head, backward + (layer if checkpointing else 0)))
 
 
-def _layer_bytes(model: PreTrainedModel, method: object, b: int) -> int:
+def _layer_bytes(model: PreTrainedModel, method: MethodConfig, b: int) -> int:
     """Return what one decoder layer keeps of a token."""
     c = model.config
     width, ffn = c.hidden_size, c.intermediate_size
@@ -123,8 +123,8 @@ def _layer_bytes(model: PreTrainedModel, method: object, b: int) -> int:
     norm = 4 + (4 if family.norms_scale_in_fp32 else b)
     norms = 2 * (norm + b) * width + (norm * (a + k) if family.query_key_norms else 0)
     attention = b * (3 * a + 2 * k)
-    if isinstance(method, Experts):
-        ffn_bytes = method.top_k * b * (4 * ffn + 2 * width) + 12 * method.num_experts
+    if method.ffns_per_layer > 1:
+        ffn_bytes = method.ffns_per_token * b * (4 * ffn + 2 * width) + 12 * method.ffns_per_layer
     else:
         ffn_bytes = 4 * b * ffn
     return int(norms + attention + ffn_bytes)

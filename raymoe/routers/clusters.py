@@ -187,15 +187,15 @@ class _Group:
 
 def _groups(group_N: Tensor, method: TaskRepresentations | ContextRepresentations) -> list[_Group]:
     """Return one group per task (TRSU), or all tokens as one (CRSU); raises InputError if one is too small."""
-    if isinstance(method, TaskRepresentations):
-        experts = method.num_experts // len(method.tasks)
-        indices = [(group_N == task).nonzero().flatten() for task in range(len(method.tasks))]
-        groups = [_Group(name, index, experts) for name, index in zip(method.tasks, indices, strict=True)]
+    if tasks := method.domains:
+        experts = method.num_experts // len(tasks)
+        indices = [(group_N == task).nonzero().flatten() for task in range(len(tasks))]
+        groups = [_Group(name, index, experts) for name, index in zip(tasks, indices, strict=True)]
     else:
         groups = [_Group("all", torch.arange(len(group_N)), method.num_experts)]
     for group in groups:
         if len(group.index) < group.experts:
-            whose = f"task {group.name} has" if isinstance(method, TaskRepresentations) else "there are"
+            whose = f"task {group.name} has" if tasks else "there are"
             raise InputError(
                 f"method.num_experts: {group.experts} clusters need as many tokens, "
                 f"but {whose} {len(group.index)}"

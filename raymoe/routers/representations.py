@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -79,12 +79,22 @@ def choose(encoded: Encoded, method: Method, scores: Path | None, seed: int) -> 
     Raises:
         InputError: a task that is no domain of the data.
     """
-    if isinstance(method, ContextRepresentations):
-        wanted = max(1, round(method.token_fraction * int(encoded.offsets[-1])))
-        everything = np.arange(len(encoded), dtype=np.int64)
-        return _uniform(encoded, everything, min(wanted, method.max_tokens), 0, seed)
+    if not method.domains:
+        return _random_share(encoded, cast(ContextRepresentations, method), seed)
     if scores is None:
         raise ValueError("TRSU chooses tokens by their examples' perplexity: it needs scores")
+    return _most_perplexing(encoded, cast(TaskRepresentations, method), scores, seed)
+
+
+def _random_share(encoded: Encoded, method: ContextRepresentations, seed: int) -> Tokens:
+    """A uniform sample of all tokens (CRSU)."""
+    wanted = max(1, round(method.token_fraction * int(encoded.offsets[-1])))
+    everything = np.arange(len(encoded), dtype=np.int64)
+    return _uniform(encoded, everything, min(wanted, method.max_tokens), 0, seed)
+
+
+def _most_perplexing(encoded: Encoded, method: TaskRepresentations, scores: Path, seed: int) -> Tokens:
+    """Tokens of each task's most perplexing examples (TRSU)."""
     table, domains = pq.read_table(scores), np.asarray(encoded.domains)
     _check_tasks(method.tasks, domains)
     limit = max(1, method.max_tokens // len(method.tasks))

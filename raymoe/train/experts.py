@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raymoe.methods import Experts
 from raymoe.models.causal_loss import LOAD_BALANCE, LossOutput
+from raymoe.storage.location import local
 from raymoe.train.extension import Extension, Setting
+from raymoe.upcycle.checkpoint import write_model
 
 LOAD, ENTROPY = "routing/load", "routing/entropy"
 
@@ -20,6 +24,7 @@ class SparseExperts(Extension):
         super().__init__(setting)
         method = setting.run.method
         assert isinstance(method, Experts)
+        self.method = method
         self.penalty_weights = {LOAD_BALANCE: method.load_balance_alpha}
 
     def sums(self, output: LossOutput, share: float, counts: float) -> dict[str, Tensor]:
@@ -34,3 +39,7 @@ class SparseExperts(Extension):
         named |= {f"{LOAD}/{i}": float(share) for i, share in enumerate(load_LN.mean(0))}
         named["routing/max_load"] = float(load_LN.max(-1).values.mean())
         return named
+
+    def write(self, out: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+        """Write the stock sparse model that computes the same function."""
+        write_model(out / "model", local(self.setting.spec.dense), self.method, tensors, dtype)

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +147,4 @@ class Extension:
 
         `tensors`: name and value of every parameter in the order of the model, whole, each valid until the next.
         """
-        method: Any = self.setting.run.method
-        dense = local(self.setting.spec.dense)
-        write_model(out / "model", dense, method, tensors, dtype)
+        write_model(out / "model", local(self.setting.spec.dense), None, tensors, dtype)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from raymoe.methods import Dense, Experts
+from raymoe.methods import Experts
 from raymoe.models.families import Layout, Place, layout_of, sparse_config
 from raymoe.models.moe import FFN, ExpertStart
 from raymoe.schema import InputError
@@ -75,7 +75,7 @@ def materialize(
 def write_model(
     out: Path,
     dense: Path,
-    method: Experts | Dense,
+    method: Experts | None,
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     max_shard_bytes: int = SHARD_BYTES,
@@ -83,7 +83,7 @@ def write_model(
     """Write a trained model as the Hugging Face folder `out`, in `dtype`.
 
     `tensors` come in any order under the names that they have in memory (`named_parameters` of the model that
-    `upcycle_model` or, for `Dense`, transformers made) and are let go one by one. Config, tokenizer and
+    `upcycle_model` or, where `method` is None, transformers made) and are let go one by one. Config, tokenizer and
     shapes come from the folder `dense` that training started from.
 
     Raises:
@@ -92,7 +92,7 @@ def write_model(
     """
     spans, config = dense_tensors(dense), read_config(dense)
     plan = _trained_plan(config, spans, method, dtype)
-    exported = sparse_config(config, method) if isinstance(method, Experts) else config
+    exported = sparse_config(config, method) if method else config
     exported.dtype = dtype
     with new_folder(out, total_bytes(plan)) as folder:
         write_companions(folder, dense, exported)
@@ -260,20 +260,20 @@ def _sparse_tensors(
 
 
 def _trained_plan(
-    config: Any, spans: Mapping[str, Span], method: Experts | Dense, dtype: torch.dtype
+    config: Any, spans: Mapping[str, Span], method: Experts | None, dtype: torch.dtype
 ) -> dict[str, Slot]:
     """Return every tensor of the trained model on disk, in `dtype` but for what its class keeps in fp32."""
     dense = {name: Slot.of(dtype, *span.shape) for name, span in spans.items()}
-    return _sparse_plan(config, dense, method) if isinstance(method, Experts) else dense
+    return _sparse_plan(config, dense, method) if method else dense
 
 
 def _exported(
-    name: str, tensor: Tensor, config: Any, method: Experts | Dense, plan: Mapping[str, Slot]
+    name: str, tensor: Tensor, config: Any, method: Experts | None, plan: Mapping[str, Slot]
 ) -> Iterator[tuple[Place, Tensor]]:
     """Yield one tensor of the model in memory as the tensors that it is on disk."""
-    if isinstance(method, Experts) and (match := _EXPERTS_WEIGHT.fullmatch(name)):
+    if method and (match := _EXPERTS_WEIGHT.fullmatch(name)):
         yield from _experts(layout_of(config, method), match[1], match[2], tensor)
-    elif isinstance(method, Experts) and (match := _ROUTER_WEIGHT.fullmatch(name)):
+    elif method and (match := _ROUTER_WEIGHT.fullmatch(name)):
         yield Place(layout_of(config, method).router(match[1])), tensor
     elif name in plan or not (config.tie_word_embeddings and name == "lm_head.weight"):
         yield Place(name), tensor
