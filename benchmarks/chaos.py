@@ -3,13 +3,13 @@
     python benchmarks/chaos.py [--faults 30] [--seed 0] [--folder chaos]
 
 Two nodes of one CPU train four trials, two at a time. At random moments one of these is ended by SIGKILL: a
-training worker, the driver of a trial, the controller of its workers, a node, the sweep's own process, Ray's head
-with all that runs on it; or a worker's writes to the disk begin to fail; or the MLflow server is gone for up to 75
-seconds. What a user would do is done: a node is replaced, the server started again, the same command given again.
-Where a sweep ends before all faults are injected, one with the next seed follows.
+training worker, a trial's driver, the controller of its workers, a node, the sweep's own process, Ray's head with
+everything on it; or a worker's writes to disk start to fail; or the MLflow server is down for up to 75 seconds. Then
+the benchmark does what a user would: it replaces the node, restarts the server, runs the same command again. If a
+sweep ends before all faults are injected, one with the next seed follows.
 
-Prints a line per fault, and at the end a figure: trials that have no result, trials whose evaluations differ in any
-bit from the undisturbed ones, and MLflow runs with a step missing or twice.
+Prints a line per fault, and at the end a figure: trials without a result, trials whose evaluations differ in any bit
+from the undisturbed ones, and MLflow runs with a step missing or repeated.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SWEEP = Sweep("chaos", "does it end with the same result?", [{"method": m} for m
 
 
 def settings(steps: int, seed: int, storage: Path) -> list[str]:
-    """The command line of the sweep: an untrained Llama of two layers on the local corpus, in small steps."""
+    """Return the sweep's command line: an untrained two-layer Llama on the local corpus, in small steps."""
     shape = (
         ("vocab-size", 512),
         ("hidden-size", 32),
@@ -74,7 +74,7 @@ def settings(steps: int, seed: int, storage: Path) -> list[str]:
 
 
 class Sweeping:
-    """The sweep as a process of a user's, started again as often as it is ended."""
+    """The sweep as a user's process, restarted whenever it ends."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Sweeping:
         self.start()
 
     def start(self) -> None:
-        """Give the command."""
+        """Run the command."""
         self.starts += 1
         self.out, self.errors = (self.folder / f"{self.starts}.{kind}" for kind in ("out", "err"))
         with self.out.open("wb") as out, self.errors.open("wb") as errors:
@@ -101,7 +101,7 @@ class Sweeping:
             )
 
     def rows(self) -> dict[str, Any]:
-        """The trials of the last start, by name."""
+        """Return the trials of the last start, by name."""
         text = self.out.read_text()
         return {row["trial"]: row for row in json.loads(text)} if text else {}
 
@@ -128,13 +128,13 @@ class MLflow:
             time.sleep(0.2)
 
     def kill(self) -> None:
-        """SIGKILL of the server and its workers."""
+        """Kill the server and its workers."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class Faults:
-    """What can be done to a running sweep; each returns what it hit, or None where there was nothing to hit."""
+    """Faults to inject into a running sweep; each returns what it hit, or None if there was nothing to hit."""
 
     def __init__(
         self, cluster: Cluster, mlflow: MLflow | None, sweeping: Sweeping, chance: random.Random
@@ -142,19 +142,19 @@ class Faults:
         self.cluster, self.mlflow, self.sweeping, self.chance = cluster, mlflow, sweeping, chance
 
     def worker(self) -> str | None:
-        """A training worker dies."""
+        """Kill a training worker."""
         return self._kill(r"RayTrainWorker")
 
     def trial_driver(self) -> str | None:
-        """The driver of a trial dies."""
+        """Kill the driver of a trial."""
         return self._kill("ImplicitFunc.train")
 
     def controller(self) -> str | None:
-        """The controller of a trial's workers dies."""
+        """Kill the controller of a trial's workers."""
         return self._kill("TrainController")
 
     def node(self) -> str | None:
-        """A node is gone, one that trains if there is any; another comes."""
+        """Kill a node, one that trains if there is any; another joins."""
         nodes = self.cluster.nodes
         node = self.chance.choice([n for n in nodes if _running("RayTrainWorker", [n])] or nodes)
         node.kill()
@@ -163,7 +163,7 @@ class Faults:
         return f"node {node.pid}"
 
     def job(self) -> str | None:
-        """The sweep's process dies; the same command is given again."""
+        """Kill the sweep's process; the same command runs again."""
         pid = self.sweeping.process.pid
         self.sweeping.process.kill()
         self.sweeping.process.wait()
@@ -171,7 +171,7 @@ class Faults:
         return f"sweep {pid}"
 
     def head(self) -> str | None:
-        """Ray's head dies with the sweep; a new cluster comes, and the same command is given again."""
+        """Kill Ray's head with the sweep; a new cluster starts, and the same command runs again."""
         self.sweeping.process.kill()
         self.sweeping.process.wait()
         self.cluster.restart_head()
@@ -181,7 +181,7 @@ class Faults:
         return "head"
 
     def tracking(self) -> str | None:
-        """The MLflow server is gone for a while."""
+        """Take the MLflow server down for a while."""
         assert self.mlflow is not None
         self.mlflow.kill()
         seconds = self.chance.uniform(5, 75)
@@ -190,7 +190,7 @@ class Faults:
         return f"MLflow for {seconds:.0f} s"
 
     def disk(self) -> str | None:
-        """From now on a worker's writes to files fail (EFBIG)."""
+        """Make a worker's writes to files fail from now on (EFBIG)."""
         if not (found := self._find("RayTrainWorker")):
             return None
         process = self.chance.choice(found)
@@ -213,7 +213,7 @@ KINDS = ("worker", "trial_driver", "controller", "node", "job", "head", "trackin
 
 
 def _running(title: str, nodes: Sequence[Node]) -> list[psutil.Process]:
-    """Processes of the nodes that have `title` in their command line."""
+    """Return the nodes' processes with `title` in their command line."""
     return sorted((p for node in nodes for p in node.processes() if title in _title(p)), key=lambda p: p.pid)
 
 
@@ -242,7 +242,7 @@ def disturb(
 
 
 def _wait_for_training(faults: Faults, seconds: float = 400) -> bool:
-    """Until a trial has made a step since now; False if the sweep has ended."""
+    """Wait until a trial makes a step; returns False if the sweep has ended."""
     before = _newest_row(faults)
     deadline = time.monotonic() + seconds
     while _newest_row(faults) <= before:
@@ -266,7 +266,7 @@ def _newest_row(faults: Faults) -> float:
 
 
 def finish(sweeping: Sweeping, seconds: float = 900) -> dict[str, Any]:
-    """Wait for the end of the sweep, giving the command again as long as it does not end well; its trials."""
+    """Wait for the sweep to end, running it again until it succeeds; returns its trials."""
     for _ in range(3):
         sweeping.process.wait(timeout=seconds)
         if sweeping.process.returncode == 0:
@@ -279,7 +279,7 @@ def finish(sweeping: Sweeping, seconds: float = 900) -> dict[str, Any]:
 
 
 def differing(rows: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Trials whose evaluations are not the reference's in every bit; memory and time are no results."""
+    """Return trials whose evaluations differ in any bit from the reference's; memory and time don't count."""
 
     def results(row: dict[str, Any]) -> list[dict[str, float]]:
         return [{k: v for k, v in e.items() if not k.startswith("system/")} for e in row["evaluations"]]
@@ -289,7 +289,7 @@ def differing(rows: dict[str, Any], reference: dict[str, Any]) -> list[str]:
 
 
 def gaps(uri: str, steps: int, trials: int) -> list[str]:
-    """MLflow runs of trials whose training steps are not 1, 2, ..., `steps`, and trials with a run too many."""
+    """Return MLflow runs whose training steps are not 1, 2, ..., `steps`, and trials with more than one run."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
@@ -316,7 +316,7 @@ def round_of(
     steps: int,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """One undisturbed sweep and one under faults: what was hit, and what came of it."""
+    """Run one sweep undisturbed and one under faults; returns what was hit and what came of it."""
     calm = folder / "calm"
     undisturbed = Sweeping(
         settings(steps, seed, calm / "runs"), cluster, calm, f"sqlite:///{calm / 'mlflow.db'}"

@@ -28,7 +28,7 @@ TINY = {"layers": 2, "tokens": 500, "width": 16, "clusters": 4}
 
 
 def vectors(layers: int, tokens: int, width: int) -> Tensor:
-    """[L, N, D] float32: token embeddings with a Zipfian vocabulary and their context."""
+    """Return token embeddings with a Zipfian vocabulary, mixed with their context: float32 [L, N, D]."""
     g = torch.Generator().manual_seed(0)
     vocabulary = torch.arange(1, 5001, dtype=torch.float64) ** -1.0
     token = vocabulary.multinomial(tokens, replacement=True, generator=g)
@@ -38,7 +38,7 @@ def vectors(layers: int, tokens: int, width: int) -> Tensor:
 
 
 class Contest:
-    """The contestants on the same vectors; each returns every layer's inertia."""
+    """The contestants, on the same vectors; each returns every layer's inertia."""
 
     def __init__(self, x: Tensor, clusters: int) -> None:
         self.x, self.k = x, clusters
@@ -46,26 +46,26 @@ class Contest:
         self.iterations = 1
 
     def raymoe(self) -> list[float]:
-        """All layers together."""
+        """Run raymoe on all layers together."""
         return kmeans(self.x, self.k, starts=STARTS, spherical=False, seed=0).inertia.tolist()
 
     def sklearn(self) -> list[float]:
-        """Best of 4 starts; sets the floor's iterations."""
+        """Return scikit-learn's best of 4 starts; sets the floor's iterations."""
         found = [KMeans(self.k, n_init=STARTS, random_state=0).fit(layer) for layer in self.layers]
         self.iterations = round(statistics.mean(one.n_iter_ for one in found))
         return [one.inertia_ for one in found]
 
     def sklearn_one_start(self) -> list[float]:
-        """One start."""
+        """Return scikit-learn's result from one start."""
         return [KMeans(self.k, n_init=1, random_state=0).fit(layer).inertia_ for layer in self.layers]
 
     def minibatch(self) -> list[float]:
-        """Best of 4 starts."""
+        """Return MiniBatchKMeans' best of 4 starts."""
         found = [MiniBatchKMeans(self.k, n_init=STARTS, random_state=0).fit(layer) for layer in self.layers]
         return [-float(one.score(layer)) for one, layer in zip(found, self.layers, strict=True)]
 
     def floor(self) -> list[float]:
-        """Scores and sums of every iteration, nothing else: no inertia."""
+        """Compute every iteration's scores and sums, and nothing else."""
         c, x = self.x[:, : self.k].contiguous(), self.x
         for _ in range(self.iterations):
             for part in torch.split(x, 1024, 1):

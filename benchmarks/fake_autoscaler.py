@@ -1,9 +1,9 @@
-"""A cluster with Ray's real autoscaler on this machine; its cloud is Ray's fake provider: nodes are processes.
+"""A cluster on this machine with Ray's real autoscaler and Ray's fake provider as its cloud: nodes are processes.
 
     with AutoscalingCluster(folder, {"worker": ({"CPU": 1}, 3)}) as cluster:        # 0 to 3 nodes of 1 CPU
         subprocess.run(["ray", "job", "submit", "--address", cluster.jobs_address, ...], env=cluster.environment)
 
-Autoscaler v2, as on clouds; what differs is how a node starts, and that it takes seconds. The provider's nodes
+Autoscaler v2, as on clouds; only starting a node differs, and takes seconds. The provider's nodes
 descend from the head and carry its mark, so they end with it. `ray.cluster_utils.AutoscalingCluster` is not used: it
 ends every Ray of the machine.
 """
@@ -18,7 +18,7 @@ import yaml
 from live_cluster import Cluster
 
 HEAD_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""Of the head in Ray's fake provider."""
+"""Node id of the head in Ray's fake provider."""
 
 
 class AutoscalingCluster(Cluster):
@@ -58,7 +58,7 @@ class AutoscalingCluster(Cluster):
         return self
 
     def stop(self) -> None:
-        """End every process at once: the provider would only start to end its nodes one by one."""
+        """End every process at once; the provider would end its nodes one by one."""
         self.kill_head()
         super().stop()
 
@@ -77,7 +77,7 @@ class AutoscalingCluster(Cluster):
         provider = {
             "type": "external",
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-            "gcs_address": self.address,  # a wrong one makes launches hang without a word
+            "gcs_address": self.address,  # launches hang silently if it is wrong
             "head_node_id": HEAD_ID,
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,

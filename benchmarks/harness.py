@@ -1,4 +1,4 @@
-"""What all benchmarks share: options, rounds in which the contestants take turns, one JSON line per figure."""
+"""Shared by all benchmarks: options, rounds in which the contestants take turns, one JSON line per figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `doc` is its module's docstring."""
+    """Return a parser with the options of every benchmark; `doc` is its module's docstring."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -31,17 +31,17 @@ class Rounds:
         self.seconds = seconds
 
     def median(self, name: str) -> float:
-        """Median seconds."""
+        """Return a contestant's median seconds."""
         return statistics.median(self.seconds[name])
 
     def ratio(self, name: str, peer: str) -> float:
-        """Median over rounds of the time over the peer's in the same round: what slows both cancels."""
+        """Return the median over rounds of the time relative to the peer's: what slows both cancels out."""
         pairs = zip(self.seconds[name], self.seconds[peer], strict=True)
         return statistics.median(own / other for own, other in pairs)
 
 
 def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> Rounds:
-    """Time each of `work` in turn, `rounds` times after one round that warms up."""
+    """Time each of `work` in turn, `rounds` times after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds + 1):
         for name, run in work.items():
@@ -50,7 +50,7 @@ def interleaved(work: Mapping[str, Callable[[], object]], rounds: int) -> Rounds
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds until the device is done; waits for it only before and after."""
+    """Return the seconds until the device is done, synchronising only before and after."""
     _finish()
     started = time.perf_counter()
     run()
@@ -73,7 +73,7 @@ def figure(
     more_is_better: bool = False,
     **details: object,
 ) -> None:
-    """Print one figure; `floor_ratio` is None where there is no floor."""
+    """Print one figure; `floor_ratio` is None if there is no floor."""
     line = {
         "name": name,
         "peer": peer,
@@ -89,14 +89,14 @@ def figure(
 
 
 def device_name(device: str) -> str:
-    """`cuda` and `cpu` in words; any other name as it is."""
+    """Return the name of the hardware behind `cuda` or `cpu`; any other name unchanged."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads" if device == "cpu" else device
 
 
 def commit() -> str:
-    """Short hash of the checkout, with a + where it has changes."""
+    """Return the short hash of the checkout, with a + if it has changes."""
     command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
     run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"

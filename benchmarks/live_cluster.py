@@ -1,9 +1,9 @@
-"""Ray clusters started by hand, as a user starts them, on this machine: every node a tree of processes that is ours.
+"""Ray clusters on this machine, started as a user starts them: every node is a process tree of ours.
 
 with Cluster(folder) as cluster:                  # the head: no CPU, 8 trial slots
     node = cluster.add_node(num_cpus=1)           # `ray start --address`
     subprocess.run(["ray", "job", "submit", "--address", cluster.jobs_address, ...], env=cluster.environment)
-    node.kill()                                   # SIGKILL of all that belongs to the node
+    node.kill()                                   # SIGKILL to everything that belongs to the node
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from typing import Any
 import psutil
 
 PORTS = range(20_000, 32_000)
-"""Outside Ray's own range for workers (10002-19999) and the kernel's for outgoing connections (32768-60999)."""
+"""Ports outside Ray's range for workers (10002-19999) and the kernel's for outgoing connections (32768-60999)."""
 MARK = "LIVE_CLUSTER_NODE"
-"""Environment variable that only a node's processes have: its value says which node."""
+"""Environment variable of a node's processes, whose value identifies the node."""
 OF_A_CLUSTER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_TMPDIR", MARK)
 
 
 class Node:
-    """One `ray start --block` with all processes that come from it."""
+    """One `ray start --block` with all processes it started."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log, self._mark = log, secrets.token_hex(8)
@@ -52,16 +52,16 @@ class Node:
 
     @property
     def pid(self) -> int:
-        """Of the `ray start`, and its session's id."""
+        """Process id of the `ray start`, and id of its session."""
         return self._process.pid
 
     @property
     def running(self) -> bool:
-        """Whether its `ray start` lives."""
+        """True if its `ray start` is alive."""
         return self._process.poll() is None
 
     def processes(self) -> list[psutil.Process]:
-        """All that lives of the node: its session, what descends from it, and what has its mark."""
+        """Return the node's living processes: its session, their descendants, and those with its mark."""
         found = {p.pid: p for p in psutil.process_iter() if self._owns(p)}
         for process in list(found.values()):
             found |= {child.pid: child for child in _children(process)}
@@ -69,7 +69,7 @@ class Node:
         return [p for p in self._known.values() if p.is_running() and _status(p) != psutil.STATUS_ZOMBIE]
 
     def kill(self) -> None:
-        """The machine is gone: SIGKILL to every process of the node, at once."""
+        """Kill every process of the node at once, as if the machine were gone."""
         for _ in range(20):
             living = self.processes()
             for process in living:
@@ -87,7 +87,7 @@ class Node:
 
 
 class Cluster:
-    """A head, and the nodes that are added to it; token authentication; ends with the block, whatever happens.
+    """A head and the nodes added to it, with token authentication; ends with the block, whatever happens.
 
     `head_options` and `head_environment` go to the head's `ray start` besides, `environment` to all nodes and
     clients. Logs of the nodes are `<folder>/*.log`, the token is in `home`, the head's own files are in `ray_folder`.
@@ -122,7 +122,7 @@ class Cluster:
 
     @property
     def jobs_address(self) -> str:
-        """Where the jobs API answers: on the loopback alone."""
+        """Address of the jobs API, on loopback only."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def __enter__(self) -> Cluster:
@@ -153,7 +153,7 @@ class Cluster:
         environment: Mapping[str, str] | None = None,
         wait: bool = True,
     ) -> Node:
-        """Another node on this machine; with `wait` back when it is part of the cluster."""
+        """Add a node on this machine; with `wait`, return once it has joined the cluster."""
         arguments = [f"--address={self.address}", f"--num-cpus={num_cpus:g}", *_PORTS, *options]
         arguments += [f"--resources={json.dumps(dict(resources or {}))}"]
         self._started += 1
@@ -167,12 +167,12 @@ class Cluster:
         return node
 
     def kill_head(self) -> None:
-        """SIGKILL of the head with all its processes: control store, dashboard, drivers of jobs."""
+        """Kill the head with all its processes: control store, dashboard, drivers of jobs."""
         if self.head:
             self.head.kill()
 
     def restart_head(self) -> None:
-        """A new head at the same addresses. It knows nothing of before, and the nodes of before end: add new ones."""
+        """Start a new head at the same addresses. It has no state, and the old nodes end: add new ones."""
         for node in [*([self.head] if self.head else []), *self.nodes]:
             node.kill()
         self.nodes = []
@@ -202,7 +202,7 @@ class Cluster:
             _wait(lambda: answers("127.0.0.1", self.dashboard_port), self.head)
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        """Of this process, without what points to another cluster, with what all of this cluster need."""
+        """Return this process's environment, without what points to another cluster, with what this one needs."""
         kept = {name: value for name, value in os.environ.items() if name not in OF_A_CLUSTER}
         return {
             **kept,
@@ -217,17 +217,17 @@ class Cluster:
 
 
 _PORTS = ("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0")
-"""Free ones, instead of those that every other cluster of the machine takes as well."""
+"""Ports chosen free, instead of the defaults that every other cluster on the machine uses."""
 
 
 def _own_address() -> str:
-    """This machine's as a new process of Ray sees it: in one that is connected, it is that cluster's."""
+    """Return this machine's IP as a new Ray process sees it; a connected process would see its cluster's."""
     ask = [sys.executable, "-c", "import ray.util; print(ray.util.get_node_ip_address())"]
     return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Return ports that nobody listens on."""
     found: list[int] = []
     while len(found) < count:
         port = random.SystemRandom().choice(PORTS)
@@ -242,7 +242,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def answers(host: str, port: int, seconds: float = 1) -> bool:
-    """Whether something accepts connections there."""
+    """True if something accepts connections there."""
     try:
         socket.create_connection((host, port), timeout=seconds).close()
         return True
@@ -263,7 +263,7 @@ def _wait(ready: Callable[[], bool], node: Node, seconds: float = 240) -> None:
 
 
 def _quietly(work: Callable[[], Any], otherwise: Any) -> Any:
-    """The result of `work`, or `otherwise` where the process has ended meanwhile or isn't ours to read."""
+    """Return the result of `work`, or `otherwise` if the process has ended or isn't ours to read."""
     try:
         return work()
     except (psutil.Error, OSError):

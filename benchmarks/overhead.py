@@ -1,10 +1,10 @@
-"""What raymoe's training loop costs per step over a bare PyTorch loop.
+"""How much does raymoe's training loop cost per step over a bare PyTorch loop?
 
     python benchmarks/overhead.py [--device cuda] [--rounds 15]
 
 Both train the same dense Llama on the same sequences, taking turns step by step: raymoe with its DeepSpeed engine
 (ZeRO 0, one worker, no Ray), collation and metrics, all read at every step; the bare loop with batches collated
-before, backward, clipping and torch's fused AdamW, its loss read at every step. The bare loop is the floor.
+beforehand, backward, clipping and torch's fused AdamW, its loss read at every step. The bare loop is the floor.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES = {  # width, FFN width, layers, vocabulary, tokens of a sequence, sequen
     "tiny": (32, 48, 2, 64, 32, 2),
 }
 DOCUMENTS = 4
-"""Examples in a sequence, half of each its prompt."""
+"""Examples in a sequence; half of each is its prompt."""
 
 
 class LocalSession:
@@ -70,7 +70,7 @@ class LocalSession:
 
 
 def prepare(shape: str, steps: int, root: Path) -> WorkerSpec:
-    """Write model, tokenizer and instructions of random tokens; one job that trains `steps` steps."""
+    """Write model, tokenizer and examples of random tokens; returns a worker's spec for `steps` steps."""
     width, ffn, layers, vocab, length, batch = SHAPES[shape]
     settings = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers}
     heads = {"num_attention_heads": width // 16 if shape == "tiny" else width // 64}
@@ -100,7 +100,7 @@ def _instructions(count: int, length: int, vocab: int) -> Encoded:
 
 
 class BareLoop:
-    """The same steps written out."""
+    """The same steps in plain PyTorch."""
 
     def __init__(self, job: WorkerSpec, batches: Iterator[Batch], device: str) -> None:
         o = job.run.optimization
@@ -117,7 +117,7 @@ class BareLoop:
         self.losses: list[float] = []
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         loss = self.model(next(self.batches))[0].mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -127,7 +127,7 @@ class BareLoop:
 
 
 def alone() -> None:
-    """The process group of a single worker, as Ray Train would set it up."""
+    """Set up the process group of a single worker, as Ray Train would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -142,14 +142,14 @@ def main() -> None:
         job = prepare("tiny" if o.size == "tiny" else o.device, o.rounds + 1, Path(folder))
         session = LocalSession(o.device)
         trainer = Trainer(job, session)
-        windows = [trainer.order.sequences(step) for step in range(o.rounds + 1)]
+        sequences = [trainer.order.sequences(step) for step in range(o.rounds + 1)]
         length = job.run.data.max_length
-        batches = [collate(trainer.encoded, w, length).to(o.device) for w in windows]
+        batches = [collate(trainer.encoded, s, length).to(o.device) for s in sequences]
         bare = BareLoop(job, iter(batches), o.device)
         work: dict[str, Callable[[], object]] = {"raymoe": trainer.step, "bare": bare.step}
         rounds = interleaved(work, o.rounds)
     apart = max(abs(a - b) for a, b in zip(session.losses, bare.losses, strict=True))
-    print(f"{o.rounds} steps of {len(windows[0]) * length} tokens: losses differ by at most {apart:.1e}")
+    print(f"{o.rounds} steps of {len(sequences[0]) * length} tokens: losses differ by at most {apart:.1e}")
     print("ms: " + ", ".join(f"{name} {1000 * rounds.median(name):.1f}" for name in work))
     ratio = rounds.ratio("raymoe", "bare")
     figure("step_overhead_vs_bare_loop", "bare PyTorch loop", ratio, 1.03, ratio, o.device)

@@ -1,12 +1,12 @@
-"""The planner's estimate of memory against what training allocates.
+"""The planner's memory estimate against what training allocates.
 
     python benchmarks/plan_memory.py [--only su/zero2] [--size tiny]
 
 A small Llama is trained on the CPU by raymoe's own worker with a real DeepSpeed engine: dense, upcycled and SIMoE,
-under every ZeRO stage, with and without activation checkpointing, by one and by two workers. Counted are the bytes
-that torch's allocator holds at their highest in the second of two steps of two micro batches each, without the noise
-of a process's resident memory. DeepSpeed's bucket for gradients under ZeRO-1, 2 and 3 is left out on both sides:
-it is the same 1 or 2 GB for every model, and would make every ratio here 1.
+under every ZeRO stage, with and without activation checkpointing, by one and by two workers. Measured is the peak of
+bytes held by torch's allocator in the second of two steps of two micro batches each, free of the noise of a process's
+resident memory. DeepSpeed's gradient bucket under ZeRO-1, 2 and 3 is excluded on both sides: it is the same 1 or
+2 GB for every model, and would make every ratio here 1.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Describe the case."""
         words = [self.method, f"zero{self.zero_stage}", self.precision]
         words += ["checkpointing"] if self.checkpointing else []
         return "/".join([*words, f"{self.workers} workers"])
@@ -85,7 +85,7 @@ FEW = [
 
 
 def every() -> Iterator[Case]:
-    """All settings; bfloat16 below ZeRO-2 runs as ZeRO-2."""
+    """Return all cases; bfloat16 below ZeRO-2 runs as ZeRO-2."""
     for method in METHODS:
         for stage in range(4):
             for precision in ("float32", "bfloat16")[: 1 if stage < 2 else 2]:
@@ -103,14 +103,14 @@ class Place(LocalSession):
 
 
 def prepare(case: Case, root: Path) -> WorkerSpec:
-    """Write what the worker reads, of random tokens."""
+    """Write the worker's inputs, with random tokens."""
     write_dense(root / "dense")
     batch = 2 * MICRO_BATCH * case.workers
-    for split, windows in {"train": 2 * batch, "validation": 1}.items():
-        records = windows * LENGTH // DOCUMENT
-        instructions(records).save(root / "data" / split)
+    for split, sequences in {"train": 2 * batch, "validation": 1}.items():
+        examples = sequences * LENGTH // DOCUMENT
+        instructions(examples).save(root / "data" / split)
         (root / "prompts").mkdir(exist_ok=True)
-        np.save(root / "prompts" / f"{split}.npy", np.ones((records, SHAPE["hidden_size"]), np.float32))
+        np.save(root / "prompts" / f"{split}.npy", np.ones((examples, SHAPE["hidden_size"]), np.float32))
     method = METHODS[case.method]
     if case.method == "su":
         rows = router(
@@ -133,7 +133,7 @@ def prepare(case: Case, root: Path) -> WorkerSpec:
 
 
 def write_dense(folder: Path) -> None:
-    """A model and a tokenizer."""
+    """Write a model and a tokenizer."""
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "a": 2}, []))
@@ -142,14 +142,14 @@ def write_dense(folder: Path) -> None:
 
 
 def instructions(records: int) -> Encoded:
-    """Documents of one token of prompt each: nearly every position has logits, as the planner assumes."""
+    """Make examples with a one-token prompt: nearly every position has logits, as the planner assumes."""
     tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], records * DOCUMENT, dtype=np.int32)
     offsets, labels = np.arange(records + 1, dtype=np.int64) * DOCUMENT, ("",) * records
     return Encoded(tokens, offsets, np.ones(records, np.int32), labels, labels, labels)
 
 
 def measured(cases: Sequence[Case]) -> dict[Case, int]:
-    """Bytes that the first worker of each case holds at most; workers of the same number are started once."""
+    """Return the peak bytes of each case's first worker; workers are started once per number of workers."""
     found: dict[Case, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         jobs = {case: prepare(case, Path(folder) / str(i)) for i, case in enumerate(cases)}
@@ -181,7 +181,7 @@ def free_port() -> int:
 
 
 def peak(job: WorkerSpec, session: Place) -> int:
-    """The most bytes in the second step."""
+    """Return the peak bytes in the second step."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         trainer = Trainer(job, session)
@@ -199,7 +199,7 @@ def peak(job: WorkerSpec, session: Place) -> int:
 
 
 def estimated(case: Case) -> int:
-    """What the planner says of it."""
+    """Return the planner's estimate."""
     model, method = on_meta(LlamaConfig(**SHAPE)), METHODS[case.method]
     job = RunFile(
         method=method,
@@ -215,7 +215,7 @@ def estimated(case: Case) -> int:
 
 
 def row(case: Case, estimate: int, bytes_: int) -> str:
-    """One line of the table: MB estimated, MB measured, their ratio."""
+    """Format one line of the table: MB estimated, MB measured, their ratio."""
     return f"{case.name:42}{estimate / 1e6:8.1f}{bytes_ / 1e6:8.1f}{estimate / bytes_:7.3f}"
 
 

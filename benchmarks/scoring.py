@@ -2,7 +2,7 @@
 
     python benchmarks/scoring.py [--device cuda] [--rounds 7]
 
-One round scores the same instances with raymoe (packed, head on the completions only), with the loop that
+One round scores the same examples with raymoe (packed, head on the completions only), with the loop that
 everyone writes (batches of 8 in the data's order, right-padded, transformers' own logits) and with the packed
 model alone; rounds are interleaved and medians compared. Ratios are tokens per second over the peer's.
 """
@@ -24,7 +24,7 @@ from raymoe.routers.perplexity import score
 
 TOKENS_PER_BATCH = 2048
 NAIVE_BATCH = 8
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, instances
+SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, examples
     "cpu": (512, 1408, 4, 8, 4, 8192, 32),
     "cuda": (2048, 5632, 16, 32, 8, 32000, 2048),
     "tiny": (32, 48, 2, 4, 2, 64, 8),
@@ -53,7 +53,7 @@ def dense_models(shape: str, device: str) -> tuple[PreTrainedModel, PreTrainedMo
 
 
 def instances(shape: str) -> Encoded:
-    """Random tokens in lengths as instructions have them: median 180, a long tail, two thirds prompt."""
+    """Make examples of random tokens with realistic lengths: median 180, a long tail, two thirds prompt."""
     *_, vocab, count = SHAPES[shape]
     generator = np.random.default_rng(0)
     lengths = np.clip(generator.lognormal(np.log(180), 0.6, count).astype(np.int64), 16, 1024)
@@ -92,7 +92,7 @@ def score_naively(model: PreTrainedModel, encoded: Encoded) -> np.ndarray:
 
 @torch.inference_mode()
 def forward_only(model: PreTrainedModel, batches: list[Batch]) -> None:
-    """The layers over packed tokens and the head over completions: no data handling and no loss."""
+    """Run the layers on packed tokens and the head on completions, without data handling or loss."""
     for batch in batches:
         hidden = model.base_model(
             input_ids=batch.input_ids,
@@ -105,7 +105,7 @@ def forward_only(model: PreTrainedModel, batches: list[Batch]) -> None:
 
 @torch.inference_mode()
 def matmuls_only(model: PreTrainedModel, batches: list[Batch]) -> None:
-    """The floor: every linear layer's product, nothing between."""
+    """Run the floor: every linear layer's GEMM, nothing in between."""
     dtype = model.lm_head.weight.dtype
     for batch in batches:
         inputs: dict[tuple[int, int], torch.Tensor] = {}
@@ -125,7 +125,7 @@ def main() -> None:
     batches = [batch.to(o.device) for batch in packed_batches(encoded)]
     difference = np.abs(score_packed(packed, encoded) - score_naively(stock, encoded)).max()
     tokens = int(encoded.offsets[-1])
-    print(f"{len(encoded)} instances, {tokens} tokens; scores differ by at most {difference:.1e} nats")
+    print(f"{len(encoded)} examples, {tokens} tokens; scores differ by at most {difference:.1e} nats")
     rounds = interleaved(
         {
             "raymoe": lambda: score_packed(packed, encoded),

@@ -1,13 +1,13 @@
-"""What decoding with SIMoE costs: after merging its experts for the prompt, and without merging.
+"""How much does decoding with SIMoE cost, with its experts merged for the prompt and without merging?
 
     python benchmarks/simoe_decode.py [--device cuda] [--dtype bfloat16] [--batches 1 8 32]
 
 Greedy decoding with a cache, the same number of tokens for all. Taking turns:
 
-- merged: one prompt, its weights merged once before it; against the dense model, with the same weights. What the
-  merge itself takes is given in decoding steps of the dense model;
-- factored: a batch of different prompts together, every linear y = x W^T + (c * x) W_delta; against merging for
-  one prompt after the other and decoding each by itself;
+- merged: one prompt, its weights merged once beforehand; against the dense model, with the same weights. The time of
+  the merge itself is given in decoding steps of the dense model;
+- factored: a batch of different prompts together, every linear y = x W^T + (c * x) W_delta; against merging and
+  decoding one prompt at a time;
 - floor: the GEMMs of all linear layers of the steps, of both products where it is factored.
 """
 
@@ -26,9 +26,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from raymoe.models.simoe import Interpolated, interpolate
 
 PROMPT, NEW = 64, 32
-"""Tokens of a prompt, and of what is decoded after it."""
+"""Tokens of a prompt, and tokens decoded after it."""
 LIVE = 0.25
-"""Share of the delta that is not zero."""
+"""Fraction of the delta that is not zero."""
 
 
 class Contest:
@@ -50,7 +50,7 @@ class Contest:
         self.coefficients_SG = gates.to(o.device)
 
     def model(self) -> LlamaForCausalLM:
-        """The same random weights at every call."""
+        """Return a model with the same random weights at every call."""
         torch.manual_seed(0)
         config = LlamaConfig(
             hidden_size=self.width,
@@ -72,7 +72,7 @@ class Contest:
             layer.delta.data.copy_(values)
 
     def merged(self, batch: int = 1) -> list[Tensor]:
-        """Each prompt by itself, its experts merged before."""
+        """Decode one prompt at a time, its experts merged beforehand."""
         texts = []
         for prompt, c_G in zip(self.prompts[:batch], self.coefficients_SG, strict=False):
             with self.simoe.merged(c_G):
@@ -80,17 +80,17 @@ class Contest:
         return texts
 
     def only_merge(self) -> None:
-        """What `merged` does before it decodes."""
+        """Merge, as `merged` does before decoding."""
         with self.simoe.merged(self.coefficients_SG[0]):
             pass
 
     def factored(self, batch: int) -> Tensor:
-        """All prompts together."""
+        """Decode all prompts together."""
         with self.simoe.applied(self.coefficients_SG[:batch], form="factored"):
             return decode(self.simoe.model, self.prompts[:batch], self.new)
 
     def floor(self, batch: int, products: int) -> Callable[[], None]:
-        """The GEMMs of all linears, `products` times each: of the prompts, then of every new token."""
+        """Run the GEMMs of all linears, `products` times each: for the prompts, then for every new token."""
         d, f, options = self.width, self.ffn, {"dtype": self.o.dtype, "device": self.o.device}
         shapes = [(d, d), (d // 2, d), (d // 2, d), (d, d), (f, d), (f, d), (d, f)] * self.layers * products
         weights = [torch.ones(shape, **options) for shape in shapes]
@@ -109,7 +109,7 @@ class Contest:
 
 @torch.inference_mode()
 def decode(model: Any, ids: Tensor, new: int) -> Tensor:
-    """The `new` most probable tokens after every row of `ids`, one after the other."""
+    """Decode `new` tokens greedily after every row of `ids`."""
     cache, found = DynamicCache(config=model.config), []
     for _ in range(new):
         ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
@@ -118,7 +118,7 @@ def decode(model: Any, ids: Tensor, new: int) -> Tensor:
 
 
 def compare_merged(contest: Contest) -> None:
-    """One prompt: dense, merged, and the merge alone."""
+    """Time one prompt: dense, merged, and the merge alone."""
     o = contest.o
 
     def merged() -> None:
@@ -150,7 +150,7 @@ def compare_merged(contest: Contest) -> None:
 
 
 def compare_factored(contest: Contest, batch: int) -> None:
-    """A batch of different prompts: together, or one after the other."""
+    """Time a batch of different prompts: together, or one at a time."""
     o = contest.o
     rounds = interleaved(
         {

@@ -1,11 +1,11 @@
-"""How large SIMoE is, and what its training keeps in memory, against sparse upcycling with 4 experts, top-2.
+"""How large is SIMoE, and how much memory does its training take, against sparse upcycling with 4 experts, top-2?
 
     python benchmarks/simoe_size.py [--dtypes float32 bfloat16] [--rounds 1]
 
 First by arithmetic, for Llama-3.2-3B and Llama-3-8B with M = 8 and sparsity 0.75, next to the figures of SIMoE's
 page (size 42.7% and 29.3% below the upcycled model's active parameters, peak memory 27.8% and 31.8% lower). Then
 measured: peak memory of training steps of a Llama of 45 million parameters on this machine's CPU, each model
-in a process of its own, the level before the model is built taken off. A step is forward, backward, clipping
+in its own process, minus the level before the model is built. A step is forward, backward, clipping
 and AdamW; in bfloat16 with weights and moments in float32 beside the bfloat16 weights, as in the training engine.
 """
 
@@ -60,17 +60,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 PAGE_SIZE = {"Llama-3.2-3B": 0.427, "Llama-3-8B": 0.293}
-"""How far below the upcycled model's active parameters."""
+"""SIMoE's size, as a fraction below the upcycled model's active parameters."""
 PAGE_MEMORY = {"Llama-3.2-3B": 0.278, "Llama-3-8B": 0.318}
-"""How far below its peak memory in training."""
+"""Its peak memory in training, as a fraction below the upcycled model's."""
 SIZE_GOAL, MEMORY_GOAL = 0.71, 0.73
 MEASURED = (768, 2048, 6, 4096, 512, 128, 64)
-"""Shape of the model that is trained, as `step.SHAPES` has them."""
+"""Shape of the trained model, as in `step.SHAPES`."""
 STEPS = 3
 
 
 def arithmetic(name: str) -> None:
-    """Size and training state of one of `SHAPES`."""
+    """Print size and training state of one of `SHAPES`."""
     config, device = LlamaConfig(**SHAPES[name]), "arithmetic"
     found = sizes(config, METHOD, precision="bfloat16", **UPCYCLED)
     simoe, upcycled = found["simoe"], found["upcycled"]
@@ -108,13 +108,13 @@ def arithmetic(name: str) -> None:
 
 
 def delta_size(name: str) -> int:
-    """Parameters of theta_delta."""
+    """Return the number of parameters of theta_delta."""
     with torch.device("meta"):
         return gate_layout(LlamaForCausalLM(LlamaConfig(**SHAPES[name]))).num_parameters
 
 
 def reproduced(name: str, found: dict[str, dict[str, int]]) -> str:
-    """What the page's figure of the size would take."""
+    """Say which sparsity would give the page's figure."""
     dense, simoe, delta = found["dense"]["total"], found["simoe"]["total"], delta_size(name)
     live = round((1 - METHOD.sparsity_target) * delta)
     asked = (1 - PAGE_SIZE[name]) * found["upcycled"]["active"]
@@ -128,7 +128,7 @@ def reproduced(name: str, found: dict[str, dict[str, int]]) -> str:
 
 
 class MasterAdamW:
-    """AdamW on float32 copies of half-precision `parameters`, whose gradients are let go one by one."""
+    """AdamW on float32 copies of half-precision `parameters`, whose gradients are released one by one."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
@@ -136,7 +136,7 @@ class MasterAdamW:
         self.optimizer = torch.optim.AdamW(self.masters, lr=1e-7, fused=True)
 
     def zero_grad(self) -> None:
-        """Let go of all gradients."""
+        """Release all gradients."""
         for p in (*self.parameters, *self.masters):
             p.grad = None
 
@@ -152,7 +152,7 @@ class MasterAdamW:
 
 
 def contestant(contest: Documents, name: str) -> Contestant:
-    """`dense`, `upcycled`, or `simoe` in one of its forms."""
+    """Build `dense`, `upcycled`, or `simoe` in one of its forms."""
     if name == "dense":
         made = contest.dense()
     elif name == "upcycled":
@@ -166,7 +166,7 @@ def contestant(contest: Documents, name: str) -> Contestant:
 
 
 def upcycled(contest: Documents) -> Contestant:
-    """As `raymoe.train.worker` forms its loss."""
+    """Return the loss, formed as in `raymoe.train.worker`."""
     rows = torch.randn(contest.layers, UPCYCLED["num_experts"], contest.width) * 0.02
     causal = CausalLoss(upcycle_model(contest.dense_model(), rows, SparseUpcycling(**UPCYCLED))).train()
 
@@ -179,7 +179,7 @@ def upcycled(contest: Documents) -> Contestant:
 
 
 def measure(o: argparse.Namespace) -> None:
-    """The child's part: print the peak of training steps above the level before, and the parameters trained."""
+    """Print, in the child process, the peak of training steps above the level before, and the trained parameters."""
     if o.size != "tiny":
         step.SHAPES["cpu"] = MEASURED
     o.dtype, o.experts, o.tokens, o.layers = getattr(torch, o.dtypes[0]), [4], None, None
@@ -195,14 +195,14 @@ def measure(o: argparse.Namespace) -> None:
 
 
 def memory(key: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` the most since the mark was put back."""
+    """Return this process's memory in bytes: `VmRSS` now, `VmHWM` the peak since it was reset."""
     found = re.search(rf"^{key}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])
 
 
 def peak(o: argparse.Namespace, name: str, dtype: str) -> int:
-    """Median over rounds of a contestant's peak, in bytes."""
+    """Return the median over rounds of a contestant's peak, in bytes."""
     command = [sys.executable, __file__, "--contestant", name, "--dtypes", dtype, "--size", o.size]
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks: list[int] = []
@@ -213,7 +213,7 @@ def peak(o: argparse.Namespace, name: str, dtype: str) -> int:
 
 
 def compare(o: argparse.Namespace, dtype: str) -> None:
-    """Peak memory of all contestants in one dtype."""
+    """Measure the peak memory of all contestants in one dtype."""
     names = ("dense", "upcycled", "simoe", "simoe merged")
     peaks = {name: peak(o, name, dtype) for name in names}
     print(f"{dtype}, MB at the peak: " + ", ".join(f"{name} {p / 1e6:.0f}" for name, p in peaks.items()))

@@ -1,12 +1,12 @@
-"""What a training step of SIMoE costs, against full fine-tuning of the dense model, in both of its forms.
+"""How much does a training step of SIMoE cost, in both of its forms, against full fine-tuning of the dense model?
 
     python benchmarks/simoe_step.py [--device cuda] [--dtype bfloat16] [--tokens 2048] [--documents 64 256 1024]
-    python benchmarks/simoe_step.py --log-alpha 4.605    # compact as far as training's limits let gates close
+    python benchmarks/simoe_step.py --log-alpha 4.605    # compact, as far as training lets gates close
 
 A step of SIMoE is what its trainer does: sample the gates, mix them by the prompts, forward and backward,
 clipping and torch's fused AdamW on the delta, orthogonality and sparsity constraint, Adam on gates and router.
-The dense model learns all its parameters. Both see the same packed batch without padding, in which every token
-is learnt. Taking turns, for every length of a document:
+The dense model trains all its parameters. Both see the same packed batch without padding, in which every token has
+a loss. Taking turns, for every length of a document:
 
 - factored and merged at the start, when (nearly) every column is open in some expert;
 - factored and merged when compact: all experts have the same 25% of the columns open, at log_alpha = 40, and the
@@ -14,8 +14,8 @@ is learnt. Taking turns, for every length of a document:
   a column in any of 8 experts in 32%: `--log-alpha` shows what that costs, `live_share` how many are open.)
 - dense, and its floor: the GEMMs of all linear layers, forward and twice backward.
 
-A form's floor are its own GEMMs, of a share s of live columns (2 + s) / 3 of the dense ones where it merges and
-(2 + 3s) / 3 factored, and the head's without its weights' gradient: SIMoE has it frozen. In bfloat16 parameters
+A form's floor is its own GEMMs: with a fraction s of live columns, (2 + s) / 3 of the dense ones if merged and
+(2 + 3s) / 3 if factored, and the head's without its weights' gradient, as SIMoE freezes it. In bfloat16 parameters
 and optimizer state are bfloat16, for all.
 """
 
@@ -47,13 +47,13 @@ from raymoe.train.spec import WorkerSpec
 
 FORMS: tuple[Form, ...] = ("factored", "merged")
 STATES = {"start": 1.0, "compact": 0.25}
-"""Share of the columns that are open."""
+"""Fraction of the columns that are open."""
 STANDS_STILL = 1e-9
-"""Learning rate of the gates: what is open at the first step is open at the last."""
+"""Learning rate of the gates, so small that what is open at the first step is open at the last."""
 
 
 class Documents(Contest):
-    """The contest of one length of documents."""
+    """The contest for one length of documents."""
 
     def __init__(self, o: argparse.Namespace, document: int) -> None:
         self.asked = document
@@ -65,7 +65,7 @@ class Documents(Contest):
 
 
 class Interpolating(Contestant):
-    """SIMoE in one form; `share` of its columns are open in all experts, the others in none (1: as it starts)."""
+    """SIMoE in one form; a `share` of its columns is open in all experts, the others in none (1: at the start)."""
 
     def __init__(self, contest: Contest, form: Form, share: float) -> None:
         self.batch, self.form, self.limit = contest.batch, form, contest.o.log_alpha
@@ -109,7 +109,7 @@ class Interpolating(Contestant):
 
     @property
     def live_share(self) -> float:
-        """Share of the columns of all linears that the last step had open."""
+        """Return the fraction of all linears' columns that were open in the last step."""
         linears = [
             (s, v)
             for s, v in zip(self.interpolated.layout.spans, self.masks.live, strict=True)
@@ -135,7 +135,7 @@ class Interpolating(Contestant):
 
 
 def floor(contest: Contest, form: Form | None, share: float = 1.0) -> Callable[[], None]:
-    """The GEMMs of all linear layers of a step of `form`, of the dense model where it is None.
+    """Return the GEMMs of all linear layers in a step of `form`; None: of the dense model.
 
     One layer's operands for all layers: nothing but the products is timed.
     """
@@ -172,7 +172,7 @@ def floor(contest: Contest, form: Form | None, share: float = 1.0) -> Callable[[
 
 
 def compare(contest: Documents) -> None:
-    """Time all contestants of one length of documents and print their figures."""
+    """Time all contestants on one length of documents and print their figures."""
     o = contest.o
     dense = contest.dense()
     field = {
@@ -192,7 +192,7 @@ def compare(contest: Documents) -> None:
 
 
 def report(contest: Documents, rounds: Rounds, state: str, name: str, goal: float, live_share: float) -> None:
-    """Which form is faster, which one raymoe picks, and the figure of each."""
+    """Print which form is faster, which one raymoe picks, and the figure of each."""
     o, samples = contest.o, len(contest.batch.documents)
     faster = min(FORMS, key=lambda form: rounds.median(f"{state} {form}"))
     picked = chosen_form(o.device, o.dtype, contest.batch.num_tokens, samples)

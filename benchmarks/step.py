@@ -1,9 +1,9 @@
-"""What a training step of the sparse model costs, against the dense one, Mixtral, and its GEMMs alone.
+"""How much does a training step of the sparse model cost, against the dense one, Mixtral, and its GEMMs alone?
 
     python benchmarks/step.py [--device cuda] [--dtype bfloat16] [--tokens 256] [--experts 4 8] [--rounds 5]
 
 A step is forward, backward, clipping and torch's fused AdamW on one batch of equally long documents without
-padding, in which every token is learnt: so the same work for all. Taking turns:
+padding, in which every token has a loss: the same work for all. Taking turns:
 
 - raymoe: `upcycle_model` on a Llama, top-1, packed attention, completion and load-balance losses;
 - dense: the same code with the Llama;
@@ -46,20 +46,20 @@ GOALS = {"float32": 1.08, "bfloat16": 1.10}
 
 
 class Contestant:
-    """A model with its optimizer; `loss` makes a scalar of the contest's batch."""
+    """A model with its optimizer; `loss` returns a scalar for the contest's batch."""
 
     def __init__(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         self.model, self.loss = model, loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-7, fused=True)
 
     def step(self) -> None:
-        """The gradients stay, for `update` alone to be timed too."""
+        """Run forward and backward; gradients stay, so that `update` alone can be timed too."""
         self.optimizer.zero_grad()
         torch.autograd.backward(self.loss())
         self.update()
 
     def update(self) -> None:
-        """Clip and take the optimizer's step."""
+        """Clip the gradients and take the optimizer's step."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
@@ -76,7 +76,7 @@ class Contest:
         self.batch = self._batch().to(o.device)
 
     def _batch(self) -> Batch:
-        """One window of equally long documents, the first token of each its prompt."""
+        """Make one packed sequence of equally long documents, the first token of each being its prompt."""
         count = self.tokens // self.document
         tokens = np.random.default_rng(0).integers(0, self.vocab, count * self.document, dtype=np.int32)
         offsets = np.arange(count + 1, dtype=np.int64) * self.document
@@ -101,18 +101,18 @@ class Contest:
         return model.to(self.o.device).train()
 
     def dense_model(self) -> LlamaForCausalLM:
-        """The same random weights at every call."""
+        """Return a model with the same random weights at every call."""
         torch.manual_seed(0)
         config = LlamaConfig(**self._settings(), dtype=self.o.dtype)
         return LlamaForCausalLM._from_config(config, attn_implementation=PACKED_ATTENTION)
 
     def dense(self) -> Contestant:
-        """The same code path without experts."""
+        """Build the contestant on the same code path without experts."""
         causal = self._ready(CausalLoss(self.dense_model()))
         return Contestant(causal, lambda: causal(self.batch)[0].mean())
 
     def raymoe(self, num_experts: int) -> Contestant:
-        """As `raymoe.train.worker` forms its loss."""
+        """Build raymoe's contestant, its loss formed as in `raymoe.train.worker`."""
         rows = torch.randn(self.layers, num_experts, self.width) * 0.02
         model = upcycle_model(self.dense_model(), rows, SparseUpcycling(num_experts=num_experts, top_k=1))
         causal = self._ready(CausalLoss(model))
@@ -125,7 +125,7 @@ class Contest:
         return Contestant(causal, loss)
 
     def mixtral(self, num_experts: int, experts_implementation: str, weights: nn.Module) -> Contestant:
-        """Stock Mixtral with a copy of raymoe's weights, so that both route alike."""
+        """Build stock Mixtral with a copy of raymoe's weights, so that both route alike."""
         config = MixtralConfig(
             **self._settings(),
             head_dim=self.head,
@@ -144,7 +144,7 @@ class Contest:
         return Contestant(model, lambda: model(input_ids=ids, labels=ids).loss)
 
     def floor(self, num_experts: int) -> Callable[[], None]:
-        """One layer's operands for all layers: nothing but the products is timed."""
+        """Build the floor, with one layer's operands for all layers: only the GEMMs are timed."""
         options: Any = {"dtype": self.o.dtype, "device": self.o.device}
         shapes = list(self._products(num_experts))
         operands = [
@@ -162,7 +162,7 @@ class Contest:
         return run
 
     def _products(self, num_experts: int) -> Iterator[tuple[int, int, int, int]]:
-        """(times, rows, inputs, outputs) of every linear layer."""
+        """Return (times, rows, inputs, outputs) of every linear layer."""
         d, f, s = self.width, self.ffn, self.batch.num_tokens
         for outputs in (d, d // 2, d // 2, d):  # q, k, v, o
             yield self.layers, s, d, outputs
@@ -172,7 +172,7 @@ class Contest:
 
 
 def fast_float32() -> str:
-    """Set matmul precision `medium` where it is as exact as float32; returns what is set."""
+    """Set matmul precision to `medium` where that is as exact as float32; returns the precision set."""
     generator = torch.Generator().manual_seed(0)
     x, w, dy = (torch.randn(512, 512, generator=generator) for _ in range(3))
     torch.set_float32_matmul_precision("medium")

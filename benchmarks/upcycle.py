@@ -62,7 +62,7 @@ def write_dense(folder: Path, config: LlamaConfig) -> None:
 
 
 def seconds(work: Callable[[Path], object], out: Path) -> float:
-    """Wall time of writing `out`, which is removed again; earlier rounds' pages are flushed first."""
+    """Return the wall time of writing `out`, which is removed again; earlier rounds' pages are flushed first."""
     os.sync()
     started = time.perf_counter()
     work(out)
@@ -72,13 +72,13 @@ def seconds(work: Callable[[Path], object], out: Path) -> float:
 
 
 def interleaved(rounds: int, out: Path, **works: Callable[[Path], object]) -> Rounds:
-    """Like the harness's, without the removing in what is timed, and with nothing to warm up."""
+    """Time in turn as the harness does, without timing the removal and without a warm-up."""
     times = [{name: seconds(work, out) for name, work in works.items()} for _ in range(rounds)]
     return Rounds({name: [one[name] for one in times] for name in works})
 
 
 def peak_growth(work: Callable[[Path], object], out: Path) -> float:
-    """MiB by which this process's resident memory grows at most during `work` (Linux)."""
+    """Return the most MiB by which this process's resident memory grows during `work` (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _status("VmRSS")
     work(out)
@@ -123,7 +123,7 @@ def against_copy(root: Path, layers: int, width: int, rounds: int) -> None:
 
 
 def against_mergekit(root: Path, layers: int, width: int, rounds: int, python: str) -> None:
-    """Whole processes; a copy of what they write is the floor."""
+    """Compare whole processes; the floor is a copy of what they write."""
     rows = router(METHOD, num_layers=layers, width=width, clusters=None, seed=0)
     write_recipe(root / "recipe", root / "dense", METHOD, rows)
     taken = interleaved(

@@ -9,7 +9,7 @@ ALPHAS = (0.0, 0.001, 0.01, 0.1)
 
 
 def run(base: Run, point: Point) -> Run:
-    """`base` with the point's weight of the load-balance loss; its method as configured."""
+    """Return `base` with the point's weight of the load-balance loss."""
     return replace(base, {"method.load_balance_alpha": point["load_balance_alpha"]})
 
 

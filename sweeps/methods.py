@@ -1,4 +1,4 @@
-"""Which method is best, by more than the seed decides?
+"""Which method is best, beyond the noise of the seed?
 
 python sweeps/methods.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
@@ -10,7 +10,7 @@ SEEDS = (0, 1, 2)
 
 
 def run(base: Run, point: Point) -> Run:
-    """`base` with the point's method; its seed is added to that of `base`."""
+    """Return `base` with the point's method, the point's seed added to its own."""
     return replace(base, {"method.name": point["method"], "seed": base.seed + int(point["seed"])})
 
 

@@ -10,7 +10,7 @@ GRID: list[Point] = [{"method": method, "num_experts": n} for method in METHODS 
 
 
 def run(base: Run, point: Point) -> Run:
-    """`base` with the point's method; whatever else `base.method` sets is kept where the method has it."""
+    """Return `base` with the point's method, keeping other settings that both methods have."""
     if point["method"] == "dense":
         return replace(base, {"method.name": "dense"})
     return replace(base, {"method.name": point["method"], "method.num_experts": point["num_experts"]})

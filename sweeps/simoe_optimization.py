@@ -1,4 +1,4 @@
-"""What holds SIMoE back: its optimisation, or what it may train at all?
+"""What holds SIMoE back: its optimisation, or the parameters it may train?
 
 python sweeps/simoe_optimization.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
@@ -21,8 +21,10 @@ VARIED: list[Point] = [{"setting": name, "value": v} for name, values in VARIATI
 
 
 def run(base: Run, point: Point) -> Run:
-    """SIMoE with one setting changed; `everything_open` is full fine-tuning but for embeddings and LM head (one
-    expert; some 5% of its gates are drawn below 1 in a step)."""
+    """Return SIMoE with one setting changed; `everything_open` fine-tunes all but embeddings and LM head.
+
+    It has one expert; some 5% of its gates are sampled below 1 in a step.
+    """
     settings = {"method.name": "simoe", f"method.{point['setting']}": point["value"]}
     if point["setting"] == "everything_open":
         rate = {

@@ -1,4 +1,4 @@
-"""What does sparsity cost SIMoE, beside full fine-tuning and sparse upcycling?
+"""What does sparsity cost SIMoE, compared with full fine-tuning and sparse upcycling?
 
 python sweeps/sparsity_target.py [config.yaml] [--model.name ID --data.train FILE ...] [--dry-run]
 """
@@ -9,7 +9,7 @@ SPARSE: list[Point] = [{"method": "simoe", "sparsity_target": share} for share i
 
 
 def run(base: Run, point: Point) -> Run:
-    """`base` with the point's method and its settings; whatever else `base.method` sets is kept where it can."""
+    """Return `base` with the point's method and settings, keeping other settings that both methods have."""
     settings = {f"method.{key}": value for key, value in point.items() if key != "method"}
     return replace(base, {"method.name": point["method"], **settings})
 
