@@ -64,6 +64,13 @@ class Model(Config):
     local: LocalModel = LocalModel()
     """The model that `local` stands for."""
 
+    @property
+    def is_embedded(self) -> bool:
+        """True for the tiny model that raymoe trains itself, before and after."""
+        return self.name in ("local", "initial")
+
+    """The model that `local` stands for."""
+
 
 class Source(Config):
     """One source of a mixture: where its rows are, how its columns are named and its rows labelled."""

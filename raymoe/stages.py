@@ -128,7 +128,8 @@ def prepare(stages: Iterable[Stage], context: Context) -> None:
     """Make what `stages` need that needs no cluster, so that bad input is told before one starts.
 
     Raises:
-        InputError: a bad row, a model or data that can't be used, or a task that is no domain of the data.
+        InputError: a bad row, a model or data that can't be used, a task that is no domain of the data, or a
+            dense model that no stock class holds as the method's Mixture-of-Experts.
     """
     wanted = list(stages)
     for stage in [*upstream(wanted), *wanted]:
@@ -136,6 +137,13 @@ def prepare(stages: Iterable[Stage], context: Context) -> None:
             make(stage, context)
     for stage in wanted:
         _check_tasks(stage.run, context)
+    upcycled = [
+        s.run for s in wanted if "upcycle" in seam(s.run.method).stages and not s.run.model.is_embedded
+    ]
+    for run in {(r.model, cast(Experts, r.method).gating): r for r in upcycled}.values():
+        from raymoe.models.dense import check_upcycling
+
+        check_upcycling(local(_dense(run).path(context.store)), cast(Experts, run.method))
 
 
 def _check_tasks(run: Run, context: Context) -> None:

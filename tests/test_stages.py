@@ -262,3 +262,21 @@ def test_a_stage_that_fails_leaves_those_before_it(tmp_path: Path) -> None:
         make(b, context)
     assert a.find(context.store) is not None
     assert b.find(context.store) is None
+
+
+def test_a_gating_that_no_class_of_the_family_has_is_refused_before_anything_is_scored(
+    dense_models: Mapping[str, Path], data_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"name": "crsu", "settings": "paper"}  # whose gating is softmax
+    run = validate(
+        Run,
+        {
+            "model": {"name": str(dense_models["granite"])},
+            "data": {"train": str(data_folder)},
+            "method": settings,
+        },
+    )
+    store = Store(tmp_path / "runs")
+    with pytest.raises(InputError, match="softmax"):
+        stages.prepare([stages.training(run)], Context(store, Execution(storage=str(store.root))))
+    assert {folder.name.split("-")[0] for folder in (tmp_path / "runs").iterdir()} <= {"instructions"}

@@ -19,7 +19,9 @@ def show(plan: Plan) -> None:
     print(f"model FLOPs per token: {plan.flops_per_token:.4g}")
     print(f"steps: {plan.steps or ''} ({plan.steps_from}), tokens: {plan.tokens or 'unknown'}")
     print_rows(f"GB per GPU, estimated, {counted(plan.gpus, 'GPU')}", [_setting_row(s) for s in plan.memory])
-    print_rows(f"{counted(plan.gpus, 'GPU')} at an assumed MFU of {plan.mfu:g}", [_gpu_row(each) for each in plan.on])
+    print_rows(
+        f"{counted(plan.gpus, 'GPU')} at an assumed MFU of {plan.mfu:g}", [_gpu_row(each) for each in plan.on]
+    )
     if plan.prices == "examples":
         print("prices: example dollars on AWS, on demand; --price-per-gpu-hour takes yours")
     for each in plan.on:
