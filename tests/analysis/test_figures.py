@@ -83,7 +83,7 @@ class Recorder(RendererAgg):
 
 
 def drawn_texts(figure: Figure) -> Recorder:
-    figure.canvas.draw()  # lays it out
+    figure.draw_without_rendering()  # lays it out
     recorder = Recorder(figure)
     figure.draw(recorder)
     return recorder

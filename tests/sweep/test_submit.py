@@ -35,7 +35,7 @@ if __name__ == "__main__":
 CONFIG = """
 model: {{name: {model}}}
 data: {{train: {data}, max_length: 128}}
-optimization: {{batch_size: 4, max_steps: 4, num_epochs: 3}}
+optimization: {{batch_size: 4, max_steps: 150, num_epochs: 30}}  # the client leaves before the job ends
 evaluation: {{milestones: [1.0], generation_examples: 0}}
 execution: {{workers: 1, cpus_per_worker: 1}}
 """

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from support.local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LENGTH, LocalSession, small_job, small_run
+from support.workers import Rows, rows_of_workers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from raymoe.config import Run
-from raymoe.data.instructions import Encoded, prepare
+from raymoe.data.instructions import Encoded
 from raymoe.methods import SparseInterpolation
 from raymoe.models.gates import Gates, PromptRouter, gate_layout
 from raymoe.train.masks import MaskTrainer
 from raymoe.train.order import Order, learning_rate
-from raymoe.train.spec import WorkerSpec
 from raymoe.train.worker import Trainer, train
 
 METHOD = SparseInterpolation(
@@ -35,16 +33,7 @@ METHOD = SparseInterpolation(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment(monkeypatch.setenv, 0, 1, free_port())
-
-
-@pytest.fixture(scope="module")
-def encoded(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("encoded")
-    prepare(small_run(pico, data_folder).data, pico, out, corpus=None, seed=0)
-    return out
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dict[str, float]]:
@@ -279,17 +268,18 @@ def test_the_sparsity_target_is_reached(
     assert np.mean(description["sparsity"][scope]) == pytest.approx(evaluations[-1]["masks/sparsity"])
 
 
-def _distributed_worker(rank: int, world: int, port: int, job: WorkerSpec, out: Path) -> None:
-    environment(os.environ.__setitem__, rank, world, port)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    session = LocalSession()
-    session.rank, session.world_size = rank, world
-    train(job, session)
-    if rank == 0:
-        (out / "rows.json").write_text(json.dumps([_rows(session), session.rows[-1][1]]))
-    torch.distributed.barrier()  # neither leaves while the other still needs it
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def two_workers(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Rows]:
+    """By ZeRO stage, what the first of two workers logged."""
+    root, run = tmp_path_factory.mktemp("two"), small_run(pico, data_folder, METHOD)
+    jobs = {z: small_job(run, pico, encoded, root / str(z), zero_stage=z) for z in (1, 3)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "compiled"))
+        rows = rows_of_workers([*jobs.values()])
+    assert not (root / "compiled").exists()  # DeepSpeed's collectives of its own take a minute of g++
+    return dict(zip(jobs, rows, strict=True))
 
 
 @pytest.mark.slow
@@ -300,16 +290,13 @@ def test_two_workers_give_the_losses_of_one(
     encoded: Path,
     tmp_path: Path,
     zero_stage: int,
-    monkeypatch: pytest.MonkeyPatch,
+    two_workers: dict[int, Rows],
 ) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     run = small_run(pico, data_folder, METHOD)
     alone = LocalSession()
     train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
-    job = small_job(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
-    mp.spawn(_distributed_worker, (2, free_port(), job, tmp_path), nprocs=2)
-    assert not (tmp_path / "compiled").exists()  # DeepSpeed's collectives of its own take a minute of g++
-    rows, last = json.loads((tmp_path / "rows.json").read_text())
+    rows = [m for _, m in two_workers[zero_stage] if "train/loss" in m]
+    last = two_workers[zero_stage][-1][1]
     for ours, one in zip(rows, _rows(alone), strict=True):
         for name in ("train/loss", "masks/multiplier", "masks/sparsity", "masks/overlap"):
             assert ours[name] == pytest.approx(one[name], abs=5e-4), name

@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from support.local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LENGTH, LocalSession, small_job, small_run
+from support.workers import Rows, rows_of_workers
 from transformers import AutoModelForCausalLM
 
 from raymoe.config import Run
-from raymoe.data.instructions import Encoded, prepare
+from raymoe.data.instructions import Encoded
 from raymoe.data.packing import collate
 from raymoe.evaluate.folder import evaluate_folder
 from raymoe.methods import Dense, SparseUpcycling
 from raymoe.train.order import Order, learning_rate
-from raymoe.train.spec import TrainingFailed, WorkerSpec
+from raymoe.train.spec import TrainingFailed
 from raymoe.train.worker import Trainer, train
 
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process group of a single worker, as Ray Train would set it up."""
-    environment(monkeypatch.setenv, 0, 1, free_port())
-
-
-@pytest.fixture(scope="module")
-def encoded(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("encoded")
-    run = small_run(pico, data_folder)
-    prepare(run.data, pico, out, corpus=None, seed=0)
-    return out
+pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
@@ -194,35 +181,38 @@ def test_activation_checkpointing_changes_nothing(
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def _distributed_worker(rank: int, world: int, port: int, job: WorkerSpec, out: Path) -> None:
-    environment(os.environ.__setitem__, rank, world, port)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    session = LocalSession()
-    session.rank, session.world_size = rank, world
-    train(job, session)
-    if rank == 0:
-        (out / "losses.json").write_text(json.dumps([session.losses(), session.rows[-1][1]]))
-    torch.distributed.barrier()  # neither leaves while the other still needs it
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def two_workers(
+    pico: Path, data_folder: Path, encoded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, tuple[Rows, Path]]:
+    """By ZeRO stage, what the first of two workers logged, and the model that they wrote."""
+    method = SparseUpcycling(num_experts=4, load_balance_alpha=0.1)
+    root, run = tmp_path_factory.mktemp("two"), small_run(pico, data_folder, method)
+    jobs = {z: small_job(run, pico, encoded, root / str(z), zero_stage=z) for z in (1, 2, 3)}
+    rows = rows_of_workers([*jobs.values()])
+    return {z: (own, root / str(z) / "model") for z, own in zip(jobs, rows, strict=True)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_two_workers_give_the_losses_of_one(
-    pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
+    pico: Path,
+    data_folder: Path,
+    encoded: Path,
+    tmp_path: Path,
+    zero_stage: int,
+    two_workers: dict[int, tuple[Rows, Path]],
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4, load_balance_alpha=0.1))
     alone = LocalSession()
     train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
-    job = small_job(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
-    mp.spawn(_distributed_worker, (2, free_port(), job, tmp_path), nprocs=2)
-    losses, last = json.loads((tmp_path / "losses.json").read_text())
-    assert list(losses.values()) == pytest.approx(list(alone.losses().values()), abs=1e-4)
+    rows, model = two_workers[zero_stage]
+    losses, last = [m["train/loss"] for _, m in rows if "train/loss" in m], rows[-1][1]
+    assert losses == pytest.approx(list(alone.losses().values()), abs=1e-4)
     for name in ("eval/loss", "eval/math/loss", "eval/math/exact_match", "routing/math/load/0"):
         assert last[name] == pytest.approx(alone.rows[-1][1][name], abs=1e-3), name
     one, two = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / n / "model").state_dict() for n in ("one", "two")
+        AutoModelForCausalLM.from_pretrained(m).state_dict() for m in (tmp_path / "one" / "model", model)
     )
     assert one.keys() == two.keys()
     for name in one:
