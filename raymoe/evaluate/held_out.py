@@ -29,7 +29,7 @@ from raymoe.models.generate import generate
 from raymoe.models.moe import sparse_layers
 
 Applied = Callable[[Sequence[int], Batch | None], AbstractContextManager[None]]
-"""Makes the model that of some held-out records while they are measured: packed in a batch or, without one, a
+"""Makes the model that of some held-out examples while they are measured: packed in a batch or, without one, a
 row each."""
 SEQUENCES_PER_FORWARD = 4
 PROMPTS_PER_BATCH = 32
@@ -56,10 +56,10 @@ class Evaluator:
         """
         self.config, self.held_out, self.tokenizer = config, held_out, tokenizer
         self.rank, self.world_size, self.max_length, self.synced = rank, world_size, max_length, synced
-        self.applied = applied or (lambda records, batch: nullcontext())
+        self.applied = applied or (lambda examples, batch: nullcontext())
         self.domains = sorted(set(held_out.domains))
-        self.records = {d: _first(held_out.domains, d, config.max_examples_per_domain) for d in self.domains}
-        self.turn_ends = _turn_ends(held_out, np.concatenate([*self.records.values()]), tokenizer)
+        self.examples = {d: _first(held_out.domains, d, config.max_examples_per_domain) for d in self.domains}
+        self.turn_ends = _turn_ends(held_out, np.concatenate([*self.examples.values()]), tokenizer)
 
     @torch.no_grad()
     def measure(self, loss: Callable[[Batch], LossOutput], model: PreTrainedModel) -> dict[str, float]:
@@ -103,9 +103,9 @@ class Evaluator:
 
     def _batches(self) -> Iterator[tuple[str, list[np.ndarray], int]]:
         """(domain, packed sequences of that domain alone, 1)."""
-        for domain, records in self.records.items():
-            packed = pack(self.held_out.lengths[records], self.max_length, np.arange(len(records)))
-            sequences = [records[sequence] for sequence in packed]
+        for domain, examples in self.examples.items():
+            packed = pack(self.held_out.lengths[examples], self.max_length, np.arange(len(examples)))
+            sequences = [examples[sequence] for sequence in packed]
             for start in range(0, len(sequences), SEQUENCES_PER_FORWARD):
                 yield domain, sequences[start : start + SEQUENCES_PER_FORWARD], 1
 
@@ -122,12 +122,12 @@ class Evaluator:
         """Share of held-out examples whose final answer greedy generation gets right."""
         metrics = {}
         for domain in self.config.generation_domains:
-            if domain not in self.records or not self.config.generation_examples:
+            if domain not in self.examples or not self.config.generation_examples:
                 continue
-            records = self.records[domain][: self.config.generation_examples]
+            examples = self.examples[domain][: self.config.generation_examples]
             hits = torch.zeros(2, dtype=torch.float64, device=model.device)
-            starts = range(0, len(records), PROMPTS_PER_BATCH)
-            batches = ((domain, records[s : s + PROMPTS_PER_BATCH], 1) for s in starts)
+            starts = range(0, len(examples), PROMPTS_PER_BATCH)
+            batches = ((domain, examples[s : s + PROMPTS_PER_BATCH], 1) for s in starts)
             for _, some, counts in self._shared(batches):
                 right = self._answers_right(model, some)
                 hits += counts * torch.tensor([sum(right), len(right)], device=model.device)
@@ -135,23 +135,23 @@ class Evaluator:
             metrics[f"eval/{domain}/exact_match"] = correct / total
         return metrics
 
-    def _answers_right(self, model: Any, records: np.ndarray) -> list[bool]:
-        prompts = [self.held_out.prompt(int(r)) for r in records]
+    def _answers_right(self, model: Any, examples: np.ndarray) -> list[bool]:
+        prompts = [self.held_out.prompt(int(i)) for i in examples]
         length, ends = self.config.max_new_tokens, self.turn_ends
-        with self.applied(records.tolist(), None):
+        with self.applied(examples.tolist(), None):
             texts = generate(model, self.tokenizer, prompts, length, synced=self.synced, stop=ends)
-        completions = [self.held_out.completion(int(r)) for r in records]
+        completions = [self.held_out.completion(int(i)) for i in examples]
         references = [self.tokenizer.decode(c, skip_special_tokens=True) for c in completions]
         return [same_answer(t, r) for t, r in zip(texts, references, strict=True)]
 
 
-def _turn_ends(held_out: Encoded, records: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens that the completions of `records` end with, whatever white space follows them."""
+def _turn_ends(held_out: Encoded, examples: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens that the completions of `examples` end with, whatever white space follows them."""
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ends: set[int] = set()
-    for record in records:
-        for token in reversed(held_out.completion(int(record)).tolist()):
+    for example in examples:
+        for token in reversed(held_out.completion(int(example)).tolist()):
             if token in special:
                 ends.add(token)
             elif str(tokenizer.decode([token])).strip():

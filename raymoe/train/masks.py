@@ -118,20 +118,20 @@ class MaskTrainer(Extension):
         self.interpolated.set(c_SG, batch.documents, batch.input_ids.numel(), self.live, self.form)
 
     @contextmanager
-    def held_out(self, records: Sequence[int], batch: Batch | None) -> Iterator[None]:
-        """Within the block the model is that of held-out `records`: of a batch's documents, else a row each."""
+    def held_out(self, examples: Sequence[int], batch: Batch | None) -> Iterator[None]:
+        """Within the block the model is that of held-out `examples`: of a batch's documents, else a row each."""
         with torch.no_grad():
             if self.trained is None:
                 gates = self.gates.evaluated()
                 self.trained = gates, live_columns(gates, self.interpolated.layout)
-            c_SG = self.router(self._rows(self.held_out_prompts, records)) @ self.trained[0]
+            c_SG = self.router(self._rows(self.held_out_prompts, examples)) @ self.trained[0]
         where = (batch.documents, batch.input_ids.numel()) if batch else ()
         options = {"live": self.trained[1], "form": self.form if batch else None}
         with self.interpolated.applied(c_SG, *where, **options):
             yield
 
-    def _rows(self, prompts: NDArray[np.float32], records: Sequence[int]) -> Tensor:
-        rows = torch.from_numpy(prompts[list(records)])
+    def _rows(self, prompts: NDArray[np.float32], examples: Sequence[int]) -> Tensor:
+        rows = torch.from_numpy(prompts[list(examples)])
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def target(self, step: int) -> float:

@@ -85,7 +85,7 @@ def small_run(pico: Path, data: Path, method: Any = None, **optimization: Any) -
     )
 
 
-def small_job(run: Run, pico: Path, encoded: Path, out: Path, **execution: Any) -> WorkerSpec:
+def small_spec(run: Run, pico: Path, encoded: Path, out: Path, **execution: Any) -> WorkerSpec:
     out.mkdir(parents=True, exist_ok=True)
     recipe = prompts = None
     if isinstance(run.method, SparseInterpolation):

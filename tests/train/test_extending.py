@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from support.local_session import LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LocalSession, environment, free_port, small_spec, small_run
 from torch import multiprocessing as mp
 
 from raymoe.config import Run, replace, validate
@@ -44,7 +44,7 @@ def run(z_loss):
 def train(name, z_loss, rank=0, world=1, checkpoint=None, resume=False, stop_after=None, **execution):
     session = LocalSession(checkpoint, resume, stop_after)
     session.rank, session.world_size = rank, world
-    spec = small_job(run(z_loss), pico, out / "data", out / name, **execution)
+    spec = small_spec(run(z_loss), pico, out / "data", out / name, **execution)
     trainer = worker.Trainer(spec, session)
     trainer.restore()
     with suppress(KeyboardInterrupt):

@@ -58,8 +58,8 @@ def undisturbed(
     prompts = next(storage.glob("prompts-*")) if run.method.name == "simoe" else None
     out = storage / f"alone-{run.method.name}"
     out.mkdir()
-    job = WorkerSpec(run, Execution(micro_batch=1), Path(run.model.name), None, data, out, prompts)
-    return train(job, LocalSession())
+    spec = WorkerSpec(run, Execution(micro_batch=1), Path(run.model.name), None, data, out, prompts)
+    return train(spec, LocalSession())
 
 
 def test_a_sweep_whose_parts_are_killed(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from support.local_session import LENGTH, LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LENGTH, LocalSession, environment, free_port, small_spec, small_run
 from transformers import AutoModelForCausalLM
 
 from raymoe.config import Run
@@ -49,14 +49,14 @@ def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
     order = Order(data, LENGTH, o, run.seed)
     losses = []
     for step in range(order.total_steps):
-        records = [int(r) for window in order.sequences(step) for r in window]
-        total = sum(len(data.completion(r)) for r in records)
+        examples = [int(i) for sequence in order.sequences(step) for i in sequence]
+        total = sum(len(data.completion(i)) for i in examples)
         loss = torch.zeros(())
-        for r in records:
-            ids = torch.tensor(data.example(r), dtype=torch.long)[None]
+        for i in examples:
+            ids = torch.tensor(data.example(i), dtype=torch.long)[None]
             labels = ids.clone()
-            labels[:, : int(data.prompt_lengths[r])] = -100
-            count = len(data.completion(r))
+            labels[:, : int(data.prompt_lengths[i])] = -100
+            count = len(data.completion(i))
             loss = loss + model(input_ids=ids, labels=labels).loss * count / total
         optimizer.zero_grad()
         loss.backward()
@@ -74,7 +74,7 @@ def test_dense_training_equals_a_bare_pytorch_loop(
 ) -> None:
     run = small_run(pico, data_folder, weight_decay=0.1)
     session = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "out", zero_stage=zero_stage), session)
+    train(small_spec(run, pico, encoded, tmp_path / "out", zero_stage=zero_stage), session)
     expected = _bare_loop(run, pico, encoded)
     assert len(expected) == 6
     assert list(session.losses().values()) == pytest.approx(expected, abs=2e-4)
@@ -87,7 +87,7 @@ def test_a_sparse_run_starts_where_the_dense_one_does(
     first = {}
     for method in (Dense(), SparseUpcycling(num_experts=4, load_balance_alpha=0.0)):
         session = LocalSession()
-        train(small_job(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session)
+        train(small_spec(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session)
         first[method.name] = session.rows
     dense, sparse = first["dense"], first["su"]
     assert sparse[0][1]["eval/loss"] == pytest.approx(dense[0][1]["eval/loss"], abs=1e-5)
@@ -102,7 +102,7 @@ def test_load_balance_weight_lowers_the_load_balance_loss(
     for alpha in (0.0, 10.0):
         session = LocalSession()
         method = SparseUpcycling(num_experts=4, load_balance_alpha=alpha, router_std=1.0)
-        train(small_job(small_run(pico, data_folder, method), pico, encoded, tmp_path / str(alpha)), session)
+        train(small_spec(small_run(pico, data_folder, method), pico, encoded, tmp_path / str(alpha)), session)
         last[alpha] = [m["train/load_balance_loss"] for _, m in session.rows if "train/loss" in m]
     assert last[0.0][0] == pytest.approx(last[10.0][0], abs=1e-5)  # the same start
     assert last[10.0][-1] < last[0.0][-1] - 0.01
@@ -113,14 +113,14 @@ def test_a_resumed_run_has_the_identical_next_losses(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
-    job = small_job(run, pico, encoded, tmp_path / "a", zero_stage=zero_stage, checkpoint_every=2)
+    spec = small_spec(run, pico, encoded, tmp_path / "a", zero_stage=zero_stage, checkpoint_every=2)
     whole = LocalSession()
-    train(job, whole)
+    train(spec, whole)
     stopped = LocalSession(tmp_path / "checkpoint", stop_after=4)
     with pytest.raises(KeyboardInterrupt):
-        train(job, stopped)
+        train(spec, stopped)
     resumed = LocalSession(tmp_path / "checkpoint", resume=True)
-    again = small_job(run, pico, encoded, tmp_path / "b", zero_stage=zero_stage, checkpoint_every=2)
+    again = small_spec(run, pico, encoded, tmp_path / "b", zero_stage=zero_stage, checkpoint_every=2)
     evaluations = train(again, resumed)
     assert resumed.resumed_at == 4
     assert resumed.losses() == {step: loss for step, loss in whole.losses().items() if step > 4}
@@ -138,7 +138,7 @@ def test_the_exported_folder_measures_in_stock_transformers_as_in_training(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
-    evaluations = train(small_job(run, pico, encoded, tmp_path / "out"), LocalSession())
+    evaluations = train(small_spec(run, pico, encoded, tmp_path / "out"), LocalSession())
     measured = evaluate_folder(tmp_path / "out" / "model", encoded, run)
     for name, value in measured.items():
         assert value == pytest.approx(evaluations[-1][name], abs=1e-5), name
@@ -155,10 +155,10 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(
     run = small_run(pico, data_folder, learning_rate=1e30, warmup_fraction=0.9, schedule="constant")
     session = LocalSession(tmp_path / "checkpoint")
     with pytest.raises(TrainingFailed, match=r"loss is (nan|inf) at step \d"):
-        train(small_job(run, pico, encoded, tmp_path / "out", checkpoint_every=1), session)
+        train(small_spec(run, pico, encoded, tmp_path / "out", checkpoint_every=1), session)
     bad = min(step for step, loss in session.losses().items() if not math.isfinite(loss))
     kept = Trainer(
-        small_job(run, pico, encoded, tmp_path / "again"), LocalSession(tmp_path / "checkpoint", True)
+        small_spec(run, pico, encoded, tmp_path / "again"), LocalSession(tmp_path / "checkpoint", True)
     )
     kept.restore()
     assert kept.state.step == bad - 1
@@ -169,14 +169,14 @@ def test_bfloat16_keeps_rotary_frequencies_and_learns_what_float32_learns(
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4), learning_rate=1e-3)
     full, half = LocalSession(), LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "full"), full)
-    job = small_job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
-    trainer = Trainer(job, LocalSession())
+    train(small_spec(run, pico, encoded, tmp_path / "full"), full)
+    spec = small_spec(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
+    trainer = Trainer(spec, LocalSession())
     rotary = trainer.engine.module.model.model.rotary_emb
     reference = AutoModelForCausalLM.from_pretrained(pico).model.rotary_emb
     assert torch.equal(rotary.inv_freq, reference.inv_freq)
     assert trainer.engine.module.model.lm_head.weight.dtype is torch.bfloat16
-    train(job, half)
+    train(spec, half)
     assert list(half.losses().values()) == pytest.approx(list(full.losses().values()), rel=0.02)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model")
     assert model.dtype is torch.bfloat16
@@ -189,18 +189,18 @@ def test_activation_checkpointing_changes_nothing(
     losses = []
     for on in (False, True):
         session = LocalSession()
-        train(small_job(run, pico, encoded, tmp_path / str(on), activation_checkpointing=on), session)
+        train(small_spec(run, pico, encoded, tmp_path / str(on), activation_checkpointing=on), session)
         losses.append(list(session.losses().values()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
-def _distributed_worker(rank: int, world: int, port: int, job: WorkerSpec, out: Path) -> None:
+def _distributed_worker(rank: int, world: int, port: int, spec: WorkerSpec, out: Path) -> None:
     environment(os.environ.__setitem__, rank, world, port)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
     session = LocalSession()
     session.rank, session.world_size = rank, world
-    train(job, session)
+    train(spec, session)
     if rank == 0:
         (out / "losses.json").write_text(json.dumps([session.losses(), session.rows[-1][1]]))
     torch.distributed.barrier()  # neither leaves while the other still needs it
@@ -214,9 +214,9 @@ def test_two_workers_give_the_losses_of_one(
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4, load_balance_alpha=0.1))
     alone = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
-    job = small_job(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
-    mp.spawn(_distributed_worker, (2, free_port(), job, tmp_path), nprocs=2)
+    train(small_spec(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
+    spec = small_spec(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
+    mp.spawn(_distributed_worker, (2, free_port(), spec, tmp_path), nprocs=2)
     losses, last = json.loads((tmp_path / "losses.json").read_text())
     assert list(losses.values()) == pytest.approx(list(alone.losses().values()), abs=1e-4)
     for name in ("eval/loss", "eval/math/loss", "eval/math/exact_match", "routing/math/load/0"):
@@ -230,7 +230,7 @@ def test_two_workers_give_the_losses_of_one(
 
 
 def test_padding_does_not_reach_the_loss(encoded: Path, pico: Path) -> None:
-    """The same examples in windows of any length have the same loss."""
+    """Examples have the same loss in packed sequences of any length."""
     from raymoe.models.causal_loss import CausalLoss
     from raymoe.models.packed_attention import PACKED_ATTENTION
 
@@ -251,7 +251,7 @@ def test_parameters_that_overflow_in_the_last_step_are_not_published(
     )
     session = LocalSession(tmp_path / "checkpoint")
     with pytest.raises(TrainingFailed, match=r"loss is nan|not finite after step 1"):
-        train(small_job(run, pico, encoded, tmp_path / "out"), session)
+        train(small_spec(run, pico, encoded, tmp_path / "out"), session)
     assert not (tmp_path / "out" / "model").exists()
     assert not (tmp_path / "checkpoint").exists()
 
@@ -261,20 +261,20 @@ def test_a_checkpoint_goes_on_at_another_zero_stage_only_where_deepspeed_can_rea
 ) -> None:
     run, checkpoint = small_run(pico, data_folder), tmp_path / "checkpoint"
     whole = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "whole"), whole)
+    train(small_spec(run, pico, encoded, tmp_path / "whole"), whole)
     with pytest.raises(KeyboardInterrupt):
         train(
-            small_job(run, pico, encoded, tmp_path / "a", zero_stage=1),
+            small_spec(run, pico, encoded, tmp_path / "a", zero_stage=1),
             LocalSession(checkpoint, stop_after=3),
         )
     with pytest.raises(
         TrainingFailed, match=r"written with execution.zero_stage 1, this run has 3: go on with 1"
     ):
         train(
-            small_job(run, pico, encoded, tmp_path / "b", zero_stage=3), LocalSession(checkpoint, resume=True)
+            small_spec(run, pico, encoded, tmp_path / "b", zero_stage=3), LocalSession(checkpoint, resume=True)
         )
     resumed = LocalSession(checkpoint, resume=True)
-    train(small_job(run, pico, encoded, tmp_path / "c", zero_stage=2), resumed)
+    train(small_spec(run, pico, encoded, tmp_path / "c", zero_stage=2), resumed)
     assert list(resumed.losses().values()) == pytest.approx(list(whole.losses().values())[3:], abs=1e-6)
 
 
@@ -283,7 +283,7 @@ def test_a_checkpoint_of_another_run_or_model_is_refused_in_one_line(
 ) -> None:
     run, checkpoint = small_run(pico, data_folder), tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
-        train(small_job(run, pico, encoded, tmp_path / "a"), LocalSession(checkpoint, stop_after=3))
+        train(small_spec(run, pico, encoded, tmp_path / "a"), LocalSession(checkpoint, stop_after=3))
     other = shutil.copytree(pico, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
@@ -292,7 +292,7 @@ def test_a_checkpoint_of_another_run_or_model_is_refused_in_one_line(
         ("model", run, other),
     ):
         with pytest.raises(TrainingFailed, match=r"^the checkpoint .* is of another run or another model"):
-            train(small_job(run_, dense, encoded, tmp_path / name), LocalSession(checkpoint, resume=True))
+            train(small_spec(run_, dense, encoded, tmp_path / name), LocalSession(checkpoint, resume=True))
 
 
 def test_bfloat16_does_not_depend_on_the_micro_batch(
@@ -302,7 +302,7 @@ def test_bfloat16_does_not_depend_on_the_micro_batch(
     norms = []
     for micro_batch in (1, 4):
         session = LocalSession()
-        train(small_job(run, pico, encoded, tmp_path / str(micro_batch), micro_batch=micro_batch), session)
+        train(small_spec(run, pico, encoded, tmp_path / str(micro_batch), micro_batch=micro_batch), session)
         norms.append([m["train/grad_norm"] for _, m in session.rows if "train/grad_norm" in m])
     assert norms[0] == pytest.approx(norms[1], rel=5e-3)
 
@@ -316,6 +316,6 @@ def test_a_run_that_is_given_up_ends_at_its_next_milestone(
 
     session = GivenUp()
     with pytest.raises(TrainingFailed, match=r"^stopped early$"):
-        train(small_job(small_run(pico, data_folder), pico, encoded, tmp_path / "out"), session)
+        train(small_spec(small_run(pico, data_folder), pico, encoded, tmp_path / "out"), session)
     assert list(session.losses()) == [1, 2, 3]
     assert not (tmp_path / "out" / "model").exists()
