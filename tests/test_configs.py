@@ -60,7 +60,11 @@ def test_both_methods_are_there_for_both_models() -> None:
 def test_figures_are_the_papers(file: Path) -> None:
     run_file = load(RunFile, file)
     assert run_file.optimization.learning_rate == of(file, LEARNING_RATES)
-    assert (run_file.optimization.batch_size, run_file.data.max_length, run_file.optimization.num_epochs) == (128, 4096, 1)
+    assert (run_file.optimization.batch_size, run_file.data.max_length, run_file.optimization.num_epochs) == (
+        128,
+        4096,
+        1,
+    )
     assert run_file.execution.workers == 8
     method = run_file.method
     assert isinstance(method, Representations) and method.top_k == 1

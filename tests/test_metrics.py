@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.local_session import LocalSession, environment, free_port, small_spec, small_run
+from support.local_session import LocalSession, environment, free_port, small_run, small_spec
 
 from raymoe.data.instructions import prepare
 from raymoe.methods import Dense, SparseInterpolation, SparseUpcycling

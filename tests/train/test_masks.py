@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from support.local_session import LENGTH, LocalSession, environment, free_port, small_spec, small_run
+from support.local_session import LENGTH, LocalSession, environment, free_port, small_run, small_spec
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.local_session import LocalSession, environment, free_port, small_spec, small_run
+from support.local_session import LocalSession, environment, free_port, small_run, small_spec
 from torch import multiprocessing as mp
 
 from raymoe.config import Evaluation

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from support.local_session import LENGTH, LocalSession, environment, free_port, small_spec, small_run
+from support.local_session import LENGTH, LocalSession, environment, free_port, small_run, small_spec
 from transformers import AutoModelForCausalLM
 
 from raymoe.config import Run
@@ -87,7 +87,9 @@ def test_a_sparse_run_starts_where_the_dense_one_does(
     first = {}
     for method in (Dense(), SparseUpcycling(num_experts=4, load_balance_alpha=0.0)):
         session = LocalSession()
-        train(small_spec(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session)
+        train(
+            small_spec(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session
+        )
         first[method.name] = session.rows
     dense, sparse = first["dense"], first["su"]
     assert sparse[0][1]["eval/loss"] == pytest.approx(dense[0][1]["eval/loss"], abs=1e-5)
@@ -268,10 +270,11 @@ def test_a_checkpoint_goes_on_at_another_zero_stage_only_where_deepspeed_can_rea
             LocalSession(checkpoint, stop_after=3),
         )
     with pytest.raises(
-        TrainingFailed, match=r"written with execution.zero_stage 1, this run has 3: go on with 1"
+        TrainingFailed, match=r"written with execution.zero_stage 1, this run has 3: resume with 1"
     ):
         train(
-            small_spec(run, pico, encoded, tmp_path / "b", zero_stage=3), LocalSession(checkpoint, resume=True)
+            small_spec(run, pico, encoded, tmp_path / "b", zero_stage=3),
+            LocalSession(checkpoint, resume=True),
         )
     resumed = LocalSession(checkpoint, resume=True)
     train(small_spec(run, pico, encoded, tmp_path / "c", zero_stage=2), resumed)
@@ -291,7 +294,9 @@ def test_a_checkpoint_of_another_run_or_model_is_refused_in_one_line(
         ("rate", small_run(pico, data_folder, learning_rate=1e-3), pico),
         ("model", run, other),
     ):
-        with pytest.raises(TrainingFailed, match=r"^the checkpoint .* is of another run or another model"):
+        with pytest.raises(
+            TrainingFailed, match=r"^the checkpoint .* belongs to another run or another model"
+        ):
             train(small_spec(run_, dense, encoded, tmp_path / name), LocalSession(checkpoint, resume=True))
 
 
