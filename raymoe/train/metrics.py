@@ -37,7 +37,7 @@ class StepMetrics:
         flops_per_token: float,
         due: Callable[[], Mapping[str, bool]],
     ) -> None:
-        """`every`: steps between reductions. `due`: called at each; all get the first worker's answer as `decided`."""
+        """`every`: steps between reductions. `due`: called at each; all get the first worker's `decided`."""
         self._session, self._extension, self._every, self._due = session, extension, every, due
         self._utilisation = flops_per_token, flops_per_second
         self._pending: list[tuple[dict[str, float], Sums]] = []

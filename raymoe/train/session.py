@@ -29,7 +29,7 @@ class Session(Protocol):
         """Log the metrics of a step. Called on the first worker only; never blocks."""
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
-        """Report metrics, with a checkpoint that `save(folder)` writes unless it is None; a barrier over the workers."""
+        """Report metrics, with a checkpoint that `save(folder)` writes if given; a barrier over the workers."""
 
     def leaving(self) -> bool:
         """True if a node of the workers is about to be taken away; a barrier over the workers."""

@@ -449,7 +449,7 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "no json": (lambda f, d: (f / "simoe.json").unlink(), "no SIMoE model here"),
     "not json": (lambda f, d: (f / "simoe.json").write_text("{") and None, "damaged (JSONDecodeError"),
     "a list": (lambda f, d: (f / "simoe.json").write_text("[]") and None, "damaged (TypeError"),
-    "version": (edited(format=2), "format 2, of which this version of raymoe reads 1 alone"),
+    "version": (edited(format=2), "format 2, but this version of raymoe reads only 1"),
     "setting": (edited(method={"name": "simoe", "temperature": 1}), "damaged (InputError: temperature"),
     "dtype": (edited(dtype="int8"), "damaged (KeyError: 'int8'"),
     "domains": (edited(domains={"math": [1.0]}), "math has not one weight per expert"),
