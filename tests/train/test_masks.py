@@ -1,4 +1,4 @@
-"""SIMoE's training against the paper's formulas written out, itself resumed, and itself on other workers."""
+"""SIMoE's training against the paper's formulas written out, and against itself resumed and on two workers."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def encoded(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dict[str, float]]:
-    """The same training with torch and stock transformers alone, one example and one whole theta(x) at a time."""
+    """Train likewise with torch and stock transformers alone, one example and one full theta(x) at a time."""
     method, o = run.method, run.optimization
     assert isinstance(method, SparseInterpolation)
     model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation="eager")
     dense = {name: p.detach() for name, p in model.named_parameters()}
-    layout = gate_layout(model)  # its columns' order alone: which gates are drawn how is a convention
+    layout = gate_layout(model)  # only for the order of columns, which is a convention
     delta = {
         s.name + ".weight": torch.zeros_like(dense[s.name + ".weight"], requires_grad=True)
         for s in layout.spans
@@ -127,7 +127,7 @@ def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dic
 
 
 def _share_dead(log_alpha: torch.Tensor, owned: torch.Tensor) -> float:
-    """Of the parameters, those whose gate is 0 in all experts."""
+    """Return the share of parameters whose gate is 0 in all experts."""
     dead = ((torch.sigmoid(log_alpha.detach()) * 1.2 - 0.1).clamp(0, 1) == 0).all(0)
     return float(owned[dead].sum() / owned.sum())
 
@@ -150,7 +150,7 @@ def test_training_equals_the_formulas_written_out(
             assert ours[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
     assert (
         expected[-1]["train/loss"] < expected[0]["train/loss"] - 0.1
-    )  # it learns, so equality says something
+    )  # it learns, so equality means something
     assert 0 < expected[-1]["masks/sparsity"] < 1
 
 
@@ -288,7 +288,7 @@ def _distributed_worker(rank: int, world: int, port: int, spec: WorkerSpec, out:
     train(spec, session)
     if rank == 0:
         (out / "rows.json").write_text(json.dumps([_rows(session), session.rows[-1][1]]))
-    torch.distributed.barrier()  # neither leaves while the other still needs it
+    torch.distributed.barrier()  # neither exits while the other still needs it
     torch.distributed.destroy_process_group()
 
 
@@ -308,7 +308,7 @@ def test_two_workers_give_the_losses_of_one(
     train(small_spec(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
     spec = small_spec(run, pico, encoded, tmp_path / "two", zero_stage=zero_stage)
     mp.spawn(_distributed_worker, (2, free_port(), spec, tmp_path), nprocs=2)
-    assert not (tmp_path / "compiled").exists()  # DeepSpeed's collectives of its own take a minute of g++
+    assert not (tmp_path / "compiled").exists()  # DeepSpeed's own collectives take a minute of g++
     rows, last = json.loads((tmp_path / "rows.json").read_text())
     for ours, one in zip(rows, _rows(alone), strict=True):
         for name in ("train/loss", "masks/multiplier", "masks/sparsity", "masks/overlap"):

@@ -56,7 +56,7 @@ def sequences(order: Order) -> list[tuple[int, ...]]:
 def test_a_step_is_a_function_of_seed_and_step_alone() -> None:
     whole = batches(order(varied(), batch_size=8, num_epochs=2.5))
     resumed = order(varied(), batch_size=8, num_epochs=2.5)
-    for step in reversed(range(len(whole))):  # whatever came before
+    for step in reversed(range(len(whole))):  # in any order
         assert [tuple(packed.tolist()) for packed in resumed.sequences(step)] == whole[step]
     assert batches(order(varied(), seed=1, batch_size=8, num_epochs=2.5)) != whole
 
@@ -132,7 +132,7 @@ def test_fewer_sequences_than_a_batch_are_repeated() -> None:
 
 
 def reference(schedule: str, warmup: int, total: int, peak: float) -> list[float]:
-    """transformers' learning rate before each of `total` optimizer steps."""
+    """Return transformers' learning rate before each of `total` optimizer steps."""
     makers: dict[str, Callable[[Any], Any]] = {
         "cosine": lambda o: get_cosine_schedule_with_warmup(o, warmup, total),
         "linear": lambda o: get_linear_schedule_with_warmup(o, warmup, total),
@@ -153,9 +153,9 @@ def reference(schedule: str, warmup: int, total: int, peak: float) -> list[float
 def test_schedules_are_those_of_transformers_without_its_idle_first_step(
     schedule: str, fraction: float, total: int
 ) -> None:
-    """After the warm-up equal; in it, step s of w has (s + 1) / (w + 1) of the peak where transformers has s / w.
+    """Equal after the warm-up; within it, step s of w has (s + 1) / (w + 1) of the peak where transformers has s / w.
 
-    So with one more step of warm-up and in all, transformers' steps from its second on.
+    So the rates are those of transformers from its second step on, with one more step of warm-up and in total.
     """
     warmup = round(fraction * total)
     settings = Optimization(learning_rate=3e-4, schedule=schedule, warmup_fraction=fraction)  # type: ignore[arg-type]
@@ -188,6 +188,6 @@ def test_micro_batches_are_as_few_as_fit() -> None:
         for workers in range(1, 9):
             for limit in range(1, 26):
                 size, passes = micro_batches(batch_size, workers, limit)
-                share = -(-batch_size // workers)  # of the worker that has most
+                share = -(-batch_size // workers)  # of the worker with the most sequences
                 assert size <= limit and share <= size * passes < share + passes
                 assert (passes - 1) * limit < share

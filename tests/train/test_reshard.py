@@ -1,6 +1,6 @@
-"""A checkpoint of n workers goes on with m: every ZeRO stage, upcycled and SIMoE models, to float tolerance.
+"""A checkpoint of n workers resumes on m: every ZeRO stage, upcycled and SIMoE models, to float tolerance.
 
-`pytest tests/train/test_reshard.py -s` prints the matrix, `RAYMOE_TEST_WORKERS=1,2,4` of other numbers of workers.
+`pytest tests/train/test_reshard.py -s` prints the matrix, `RAYMOE_TEST_WORKERS=1,2,4` sets the numbers of workers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ METHODS = {
 }
 STAGES = (0, 1, 2, 3)
 WORKERS = tuple(map(int, os.environ.get("RAYMOE_TEST_WORKERS", "1,3").split(",")))
-"""Three can't share the batch of four evenly: two of them have nothing to do in the second pass."""
+"""Three can't share the batch of four evenly: two of them are idle in the second pass."""
 HALF, STEPS = 3, 6
 
 
 @dataclass(frozen=True)
 class Leg:
-    """Half of a run, or all of it: until the checkpoint, or on from it."""
+    """Part of a run, up to the checkpoint or from it, or all of it."""
 
     name: str
     spec: WorkerSpec
@@ -47,7 +47,7 @@ class Leg:
 
 
 class Reader(LocalSession):
-    """Goes on from a checkpoint, which others read too, and leaves it as it is."""
+    """Resumes from a checkpoint that others read too, and writes none."""
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
         super().report(metrics, None)

@@ -1,4 +1,4 @@
-"""The training loop against a bare PyTorch loop, itself resumed, and itself on other numbers of workers."""
+"""The training loop against a bare PyTorch loop, and against itself resumed and on other numbers of workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from raymoe.train.worker import Trainer, train
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process group of a single worker, as Ray Train would set it up."""
+    """Set up the environment of a single worker's process group, as Ray Train would."""
     environment(monkeypatch.setenv, 0, 1, free_port())
 
 
@@ -39,7 +39,7 @@ def encoded(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
-    """The same training written out with torch and stock transformers alone, one example at a time."""
+    """Train likewise with torch and stock transformers alone, one example at a time; return the losses."""
     model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation="eager")
     o = run.optimization
     optimizer = torch.optim.AdamW(
@@ -78,7 +78,7 @@ def test_dense_training_equals_a_bare_pytorch_loop(
     expected = _bare_loop(run, pico, encoded)
     assert len(expected) == 6
     assert list(session.losses().values()) == pytest.approx(expected, abs=2e-4)
-    assert expected[-1] < expected[0] - 0.1  # it learns, so equality says something
+    assert expected[-1] < expected[0] - 0.1  # it learns, so equality means something
 
 
 def test_a_sparse_run_starts_where_the_dense_one_does(
@@ -205,7 +205,7 @@ def _distributed_worker(rank: int, world: int, port: int, spec: WorkerSpec, out:
     train(spec, session)
     if rank == 0:
         (out / "losses.json").write_text(json.dumps([session.losses(), session.rows[-1][1]]))
-    torch.distributed.barrier()  # neither leaves while the other still needs it
+    torch.distributed.barrier()  # neither exits while the other still needs it
     torch.distributed.destroy_process_group()
 
 
