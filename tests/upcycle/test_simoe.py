@@ -460,7 +460,7 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "shape": (retensored(f"{Q}.delta", lambda t: t[:-1].clone()), f"{Q}.delta is ["),
     "columns": (retensored(f"{Q}.columns", lambda t: t.flip(0)), f"{Q}.columns do not rise"),
     "width": (retensored(f"{Q}.columns", lambda t: t + 32), f"{Q}.columns do not rise from 0 to 31"),
-    "moved": (lambda f, d: d.rename(d.parent / "elsewhere") and None, "its dense model is not in "),
+    "moved": (lambda f, d: d.rename(d.parent / "elsewhere") and None, "its dense model is no longer in "),
     "weights": (other_weights, "made for other weights"),
     "other": (other_shape, "model.layers.0.mlp.gate_proj.weight is [48, 32]; in "),
 }  # fmt: skip
