@@ -230,7 +230,7 @@ Method = Annotated[
 
 @dataclass(frozen=True)
 class Seam:
-    """What a method does at each step of the path: its row in `SEAMS`.
+    """Row of a method in `SEAMS`: its part in each step of the path.
 
     Functions and classes are given as `module:name`; the step that needs one imports it (`resolve`).
     """

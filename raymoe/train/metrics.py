@@ -44,7 +44,7 @@ class StepMetrics:
         self._wait, self._seconds_per_step = 1, 1.0
         self._clock = self._began = time.perf_counter()
         self.decided: dict[str, bool] = {}
-        """What was due at the last reduction; whoever acts on an entry removes it."""
+        """Answers of the last reduction by name; whoever acts on one removes it."""
 
     def add(self, known: dict[str, float], sums: Sums) -> None:
         """Add the metrics of a step: those the host knows, and those on the device, to be summed over workers."""

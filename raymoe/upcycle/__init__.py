@@ -27,7 +27,7 @@ from raymoe.schema import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a sparse model is expanded from, besides its router rows."""
+    """Recipe of a sparse model, without its router rows."""
 
     dense: str
     """The dense model: a folder or a reference that the caller resolves to one."""
