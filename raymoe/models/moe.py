@@ -35,7 +35,7 @@ def _renormalized(p_SK: Tensor) -> Tensor:
 
 
 def _straight_through(p_SK: Tensor) -> Tensor:
-    """Return the value of `_renormalized` with the gradient of p_i / constant, so that the LM loss trains the router."""
+    """Return the value of `_renormalized` with the gradient of p_i / constant: the LM loss trains the router."""
     return p_SK / p_SK.sum(-1, keepdim=True).detach()
 
 
