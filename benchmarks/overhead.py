@@ -70,7 +70,7 @@ class LocalSession:
 
 
 def prepare(shape: str, steps: int, root: Path) -> WorkerSpec:
-    """Write model, tokenizer and examples of random tokens; returns a worker's spec for `steps` steps."""
+    """Write model, tokenizer and instructions of random tokens; return the spec that trains `steps` steps."""
     width, ffn, layers, vocab, length, batch = SHAPES[shape]
     settings = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers}
     heads = {"num_attention_heads": width // 16 if shape == "tiny" else width // 64}
@@ -102,9 +102,9 @@ def _instructions(count: int, length: int, vocab: int) -> Encoded:
 class BareLoop:
     """The same steps in plain PyTorch."""
 
-    def __init__(self, job: WorkerSpec, batches: Iterator[Batch], device: str) -> None:
-        o = job.run.optimization
-        self.model = CausalLoss(starting_model(job)).to(device).train()
+    def __init__(self, spec: WorkerSpec, batches: Iterator[Batch], device: str) -> None:
+        o = spec.run.optimization
+        self.model = CausalLoss(starting_model(spec)).to(device).train()
         self.batches, self.clip = batches, o.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -139,13 +139,13 @@ def main() -> None:
     o = parser(__doc__, rounds=15).parse_args()
     alone()
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare("tiny" if o.size == "tiny" else o.device, o.rounds + 1, Path(folder))
+        spec = prepare("tiny" if o.size == "tiny" else o.device, o.rounds + 1, Path(folder))
         session = LocalSession(o.device)
-        trainer = Trainer(job, session)
+        trainer = Trainer(spec, session)
         sequences = [trainer.order.sequences(step) for step in range(o.rounds + 1)]
-        length = job.run.data.max_length
-        batches = [collate(trainer.encoded, s, length).to(o.device) for s in sequences]
-        bare = BareLoop(job, iter(batches), o.device)
+        length = spec.run.data.max_length
+        batches = [collate(trainer.encoded, some, length).to(o.device) for some in sequences]
+        bare = BareLoop(spec, iter(batches), o.device)
         work: dict[str, Callable[[], object]] = {"raymoe": trainer.step, "bare": bare.step}
         rounds = interleaved(work, o.rounds)
     apart = max(abs(a - b) for a, b in zip(session.losses, bare.losses, strict=True))

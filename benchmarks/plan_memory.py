@@ -141,22 +141,22 @@ def write_dense(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def instructions(records: int) -> Encoded:
-    """Make examples with a one-token prompt: nearly every position has logits, as the planner assumes."""
-    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], records * DOCUMENT, dtype=np.int32)
-    offsets, labels = np.arange(records + 1, dtype=np.int64) * DOCUMENT, ("",) * records
-    return Encoded(tokens, offsets, np.ones(records, np.int32), labels, labels, labels)
+def instructions(examples: int) -> Encoded:
+    """Documents of one token of prompt each: nearly every position has logits, as the planner assumes."""
+    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], examples * DOCUMENT, dtype=np.int32)
+    offsets, labels = np.arange(examples + 1, dtype=np.int64) * DOCUMENT, ("",) * examples
+    return Encoded(tokens, offsets, np.ones(examples, np.int32), labels, labels, labels)
 
 
 def measured(cases: Sequence[Case]) -> dict[Case, int]:
     """Return the peak bytes of each case's first worker; workers are started once per number of workers."""
     found: dict[Case, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        jobs = {case: prepare(case, Path(folder) / str(i)) for i, case in enumerate(cases)}
+        specs = {case: prepare(case, Path(folder) / str(i)) for i, case in enumerate(cases)}
         for workers in sorted({case.workers for case in cases}):
-            some = {case: job for case, job in jobs.items() if case.workers == workers}
+            some = {case: spec for case, spec in specs.items() if case.workers == workers}
             if workers == 1:
-                found |= {case: peak(job, Place(0, 1)) for case, job in some.items()}
+                found |= {case: peak(spec, Place(0, 1)) for case, spec in some.items()}
                 continue
             arguments = (workers, free_port(), list(some.values()), Path(folder) / "peaks.json")
             mp.spawn(_worker, arguments, nprocs=workers)  # type: ignore[attr-defined,no-untyped-call]
@@ -164,11 +164,11 @@ def measured(cases: Sequence[Case]) -> dict[Case, int]:
     return found
 
 
-def _worker(rank: int, workers: int, port: int, jobs: Sequence[WorkerSpec], out: Path) -> None:
+def _worker(rank: int, workers: int, port: int, specs: Sequence[WorkerSpec], out: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
-    peaks = [peak(job, Place(rank, workers)) for job in jobs]
+    peaks = [peak(spec, Place(rank, workers)) for spec in specs]
     if rank == 0:
         out.write_text(json.dumps(peaks))
 
@@ -180,15 +180,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def peak(job: WorkerSpec, session: Place) -> int:
-    """Return the peak bytes in the second step."""
+def peak(spec: WorkerSpec, session: Place) -> int:
+    """The most bytes in the second step."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        trainer = Trainer(job, session)
+        trainer = Trainer(spec, session)
         trainer.step()
         started = time.time_ns()
         trainer.step()
-    bucket = BUCKET * WEIGHT_BYTES[job.run.precision]
+    bucket = BUCKET * WEIGHT_BYTES[spec.run.precision]
     events = sorted(
         (event.start_ns(), event.nbytes())
         for event in recorded.profiler.kineto_results.events()
@@ -201,13 +201,13 @@ def peak(job: WorkerSpec, session: Place) -> int:
 def estimated(case: Case) -> int:
     """Return the planner's estimate."""
     model, method = on_meta(LlamaConfig(**SHAPE)), METHODS[case.method]
-    job = RunFile(
+    run_file = RunFile(
         method=method,
         data=Data(max_length=LENGTH),
         optimization=Optimization(batch_size=2 * MICRO_BATCH * case.workers),
         precision=case.precision,
     )
-    found = settings(model, job, case.workers, MICRO_BATCH, count(model, method))
+    found = settings(model, run_file, case.workers, MICRO_BATCH, count(model, method))
     wanted = (case.zero_stage, "none", case.checkpointing)
     setting = next(s for s in found if (s.zero_stage, s.offload, s.activation_checkpointing) == wanted)
     bucket = BUCKET * WEIGHT_BYTES[case.precision] if case.zero_stage else 0

@@ -1,6 +1,6 @@
-"""The methods: the configuration type of each, and the one table of what each does at every step of the path.
+"""The methods: each one's configuration type, and one table of what it does at every step of the path.
 
-To add a method: a type, its place in `Method`, a row in `SEAMS` (docs/extending.md).
+To add a method, add a type, its place in `Method` and a row in `SEAMS` (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from raymoe.schema import Config
 
 
 class MethodConfig(Config):
-    """What every method answers, so that no one has to ask which method it is."""
+    """Base of all methods: properties that save callers from asking which method it is."""
 
     @property
     def ffns_per_layer(self) -> int:
-        """FFNs of a layer that are stored: N experts, or the dense one."""
+        """Number of FFNs stored per layer: N experts, or the dense one."""
         return 1
 
     @property
     def ffns_per_token(self) -> int:
-        """FFNs of a layer that a token passes through."""
+        """Number of FFNs per layer that a token passes through."""
         return 1
 
     @property
     def interpolates(self) -> bool:
-        """True if every prompt has weights of its own, a mixture of the experts'."""
+        """True if every prompt has its own weights, a mixture of the experts'."""
         return False
 
     @property
     def domains(self) -> tuple[str, ...]:
-        """Domains that the data have to have, because each gets experts of its own."""
+        """Domains that the data must have, because each gets its own experts."""
         return ()
 
 
@@ -49,17 +49,17 @@ class Dense(MethodConfig):
 
 
 class Experts(MethodConfig):
-    """What every sparse method shares."""
+    """Fields that all sparse methods share."""
 
     num_experts: int = Field(2, ge=2)
     """Experts per layer (N), made from copies of the dense model's FFN."""
     top_k: int = Field(1, ge=1)
-    """Experts that each token visits."""
+    """Number of experts each token visits."""
     gating: Literal["straight_through", "renormalized", "softmax"] = "straight_through"
-    """How expert outputs are weighted: `straight_through` and `renormalized` start equal to the dense model;
-    `softmax` is eq. 2 of the RSU paper."""
+    """How expert outputs are weighted: with `straight_through` and `renormalized` the model starts equal to the dense
+    one; `softmax` is eq. 2 of the RSU paper."""
     load_balance_alpha: float = Field(0.01, ge=0)
-    """Weight of the load-balance loss (eq. 3 and 4); the loss is this weight when perfectly balanced."""
+    """Weight of the load-balance loss (eq. 3 and 4), which is 1 before weighting when perfectly balanced."""
 
     @property
     def ffns_per_layer(self) -> int:
@@ -87,22 +87,22 @@ class SparseUpcycling(Experts):
 
 
 class Representations(Experts):
-    """What TRSU and CRSU share: routers from centroids of the dense model's representations."""
+    """Fields that TRSU and CRSU share: routers from centroids of the dense model's representations."""
 
     settings: Literal["raymoe", "paper"] = "raymoe"
-    """`paper` switches to attention output, raw rows and softmax gating, unless they are given."""
+    """`paper` changes the defaults to attention output, raw rows, softmax gating and Euclidean clustering."""
     representation: Literal["ffn_input", "attention_output", "attention_residual"] = "ffn_input"
-    """Where in each layer representations are taken."""
+    """Where in each layer the representations are read."""
     router_rows: Literal["scaled", "raw"] = "scaled"
-    """`scaled`: centred, unit length, scaled to `router_confidence`; `raw`: the centroids themselves."""
+    """`scaled`: centroids centred, normalised and scaled to `router_confidence`; `raw`: the centroids themselves."""
     router_confidence: float = Field(0.6, gt=0, lt=1)
     """Mean top-1 probability of the router on the clustered tokens (`scaled` rows only)."""
     spherical: bool = True
-    """Cluster by direction, so that the router's argmax is the cluster."""
+    """Cluster by direction (cosine), so that the router's argmax is the cluster."""
     max_tokens: int = Field(20_000, ge=2)
-    """Token representations kept per layer: what bounds memory and disk, whatever the data's size."""
+    """Token representations kept per layer; bounds memory and disk, whatever the size of the data."""
     kmeans_starts: int = Field(4, ge=1)
-    """k-means++ starts, of which the one with the smallest inertia is kept."""
+    """Number of k-means++ starts; the result with the smallest inertia is kept."""
 
     @model_validator(mode="after")
     def _confidence_is_above_chance(self) -> Representations:
@@ -134,7 +134,7 @@ class TaskRepresentations(Representations):
     tasks: tuple[str, ...] = Field(("code", "math"), min_length=1)
     """Domains of the data that get experts of their own; the others share them (paper: text)."""
     perplexity_top_fraction: float = Field(0.05, gt=0, le=1)
-    """Share of each task's examples kept, the most perplexing first."""
+    """Share of each task's examples that is kept, by highest perplexity."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -153,7 +153,7 @@ class TaskRepresentations(Representations):
 
 
 class ContextRepresentations(Representations):
-    """CRSU: K-means over a random share of all tokens, one centroid per expert."""
+    """CRSU: K-means over a random sample of all tokens, one centroid per expert."""
 
     name: Literal["crsu"] = "crsu"
     token_fraction: float = Field(0.01, gt=0, le=1)
@@ -161,42 +161,42 @@ class ContextRepresentations(Representations):
 
 
 class SparseInterpolation(MethodConfig):
-    """SIMoE: frozen weights plus one trained delta, of which every expert is a learnt structured mask."""
+    """SIMoE: frozen weights plus one trained delta; every expert is a learnt structured mask on it."""
 
     name: Literal["simoe"] = "simoe"
     num_experts: int = Field(8, ge=1)
-    """Masks over the shared delta (M); every prompt gets its own mixture of them."""
+    """Number of masks on the shared delta (M); every prompt gets its own mixture of them."""
     sparsity_target: float = Field(0.75, ge=0, lt=1)
-    """Share of the delta's parameters whose gates are to be zero at the end of training."""
+    """Share of the delta's parameters whose gates should be zero at the end of training."""
     sparsity_scope: Literal["union", "mean", "per_expert"] = "union"
-    """A gate counts as zero: `union`: if it is zero in all experts, so that its column can be dropped; `mean`:
-    in each expert by itself, averaged over them; `per_expert`: likewise, and each expert meets the target."""
+    """Which gates count as zero. `union`: those that are zero in all experts, so that their columns can be dropped;
+    `mean`: those of each expert, averaged over experts; `per_expert`: each expert meets the target by itself."""
     sparsity_warmup: float = Field(0.5, ge=0, le=1)
     """Share of training over which the target rises to `sparsity_target`."""
     sparsity_rate: float = Field(150.0, gt=0)
-    """What the constraint's multiplier would grow by over the whole training if the target were missed by 1. In
-    units in which 1 moves the gates as strongly as the loss does."""
+    """Growth of the constraint's multiplier over the whole training if the target were missed by 1. The unit is such
+    that a multiplier of 1 moves the gates as strongly as the loss does."""
     sparsity_penalty: float = Field(8.0, ge=0)
-    """Weight of the constraint's quadratic term, in the same units; it keeps the multiplier from overshooting."""
+    """Weight of the constraint's quadratic term, in the same unit; it keeps the multiplier from overshooting."""
     orthogonality: float = Field(0.01, ge=0)
-    """Weight of the loss on what experts have in common."""
+    """Weight of the orthogonality loss, which penalises overlap between experts."""
     delta_learning_rate: float | None = Field(None, gt=0)
-    """AdamW's learning rate of the delta; by default 8 times `optimization.learning_rate`, since
-    gates and router shrink its steps."""
+    """AdamW's learning rate for the delta; by default 8 times `optimization.learning_rate`, because gates and router
+    shrink its steps."""
     mask_learning_rate: float | None = Field(None, gt=0)
-    """Learning rate of the gates (of their log_alpha, within [-4.6, 4.6]); by default 22 / steps, which takes
-    them across that range well before the end."""
+    """Learning rate of the gates' log_alpha, which stays within [-4.6, 4.6]; by default 22 / steps, enough to cross
+    that range well before the end."""
     router_learning_rate: float | None = Field(None, gt=0)
-    """Adam's learning rate of the prompt router; by default 8 / (steps * width)."""
+    """Adam's learning rate for the prompt router; by default 8 / (steps * width)."""
     router_hidden_size: int | None = Field(None, ge=1)
-    """Width of the router's hidden layer; by default it has none."""
+    """Width of the prompt router's hidden layer; by default it has none."""
     log_alpha_mean: float = Field(0.0, ge=-4.6, le=4.6)
-    """Where gates start: 0 is half open, 4 open. The further open, the less experts come to differ."""
+    """Mean of the gates' initial log_alpha: 0 is half open, 4 open. The more open, the less experts will differ."""
     log_alpha_std: float = Field(1.0, ge=0)
-    """How far apart they start; gates that start alike sink together and stay barely open."""
+    """Standard deviation of the initial log_alpha; gates that start alike sink together and stay barely open."""
     prompt_representation: Literal["last_hidden", "embedding"] = "last_hidden"
-    """What the router sees of a prompt, averaged over its tokens: the dense model's last hidden state, computed
-    once per data set, or the token embeddings."""
+    """The router's input, averaged over the prompt's tokens: the dense model's last hidden states, computed once per
+    data set, or its token embeddings."""
 
     @property
     def interpolates(self) -> bool:
@@ -205,16 +205,16 @@ class SparseInterpolation(MethodConfig):
 
 
 class DropUpcycling(Experts):
-    """Drop-Upcycling (Nakamura et al., ICLR 2025): random routers, and experts that each forget a part of the FFN."""
+    """Drop-Upcycling (Nakamura et al., ICLR 2025): random routers; every expert re-initialises part of the FFN."""
 
     name: Literal["drop"] = "drop"
     router_std: float = Field(0.02, gt=0)
     """Standard deviation of the routers' random rows."""
     drop_ratio: float = Field(0.5, gt=0, le=1)
-    """Share r of the FFN's columns that every expert draws anew."""
+    """Share r of the FFN's columns that every expert re-initialises."""
     variant: Literal["paper", "official"] = "paper"
-    """`paper`: the same columns of all three matrices are drawn anew; `official`: as the authors' code does it,
-    every matrix draws its own columns, after the columns of each expert are permuted."""
+    """`paper`: the same columns are re-initialised in all three matrices; `official`: as in the authors' code, each
+    matrix chooses its own columns, after the columns of each expert are permuted."""
 
 
 Method = Annotated[
@@ -230,21 +230,21 @@ Method = Annotated[
 
 @dataclass(frozen=True)
 class Seam:
-    """What a method does at each step of the path: its row in `SEAMS`.
+    """Row of a method in `SEAMS`: its part in each step of the path.
 
-    Functions and classes are named as `module:name`; the step that needs one imports it (`resolve`).
+    Functions and classes are given as `module:name`; the step that needs one imports it (`resolve`).
     """
 
     stages: tuple[str, ...] = ()
     """Stages that its training reads, besides the dense model and the instructions."""
     router: str | None = None
-    """Makes the router rows [L, N, D] that training starts from (`raymoe.upcycle.router`); None: has no routers."""
+    """Makes the router rows [L, N, D] that training starts from (`raymoe.upcycle.router`); None: no routers."""
     expert: str | None = None
     """Makes one expert from the dense FFN (`raymoe.upcycle.expert_start`); None: experts are copies."""
     size: str = "raymoe.analysis.size:upcycled"
-    """Counts the parameters of a dense model under it (`raymoe.analysis.size.count`)."""
+    """Counts the parameters of a dense model under this method (`raymoe.analysis.size.count`)."""
     extension: str = "raymoe.train.extension:Extension"
-    """What it adds to the training step, and how its result is measured and written."""
+    """Extends the training step, and measures and writes the result (`raymoe.train.extension`)."""
 
 
 SEAMS: dict[type[MethodConfig], Seam] = {
@@ -276,23 +276,23 @@ SEAMS: dict[type[MethodConfig], Seam] = {
         extension="raymoe.train.masks:MaskTrainer",
     ),
 }
-"""The table of methods, in the order in which they are listed."""
+"""The table of methods, in listing order."""
 
 METHODS: dict[str, type[MethodConfig]] = {kind.model_fields["name"].default: kind for kind in SEAMS}
-"""Configuration type of every `method.name`."""
+"""`method.name` -> its configuration type."""
 
 
 def seam(method: MethodConfig) -> Seam:
-    """Row of `method` in the table."""
+    """Return the row of `method` in the table."""
     return SEAMS[type(method)]
 
 
 def methods_with(stage: str) -> str:
-    """Names of the methods whose training reads `stage`, for error messages: `trsu, crsu`."""
+    """List the methods whose training reads `stage`, for error messages: `trsu, crsu`."""
     return ", ".join(name for name, kind in METHODS.items() if stage in SEAMS[kind].stages)
 
 
 def resolve(reference: str) -> Any:
-    """Import what a `Seam` names as `module:name`."""
+    """Import the object that a `Seam` gives as `module:name`."""
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)

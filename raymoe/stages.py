@@ -1,12 +1,12 @@
-"""The path of a run as stages: what each one reads, what it is made from, how it is made.
+"""The path of a run as stages: what each one reads, what its output depends on, how it is made.
 
     corpus -> initial -> (training) dense          only for the embedded defaults
     instructions -> perplexity -> representations -> clusters -> upcycle -> train      SU, TRSU, CRSU
     instructions -> prompts -> train                                                   SIMoE
 
-A stage's identity holds only what decides its output, so runs share whatever they have in common: a sweep over
-`load_balance_alpha` scores, extracts and clusters once. Nothing is computed until `build` is called, and nothing
-heavy is imported before, so that planning a hundred trials takes a moment.
+A stage's identity holds only what determines its output, so runs share whatever they have in common: a sweep over
+`load_balance_alpha` scores, extracts and clusters once. Nothing is computed, and nothing heavy imported, until
+`build` is called, so that planning a hundred trials takes a moment.
 """
 
 from __future__ import annotations
@@ -44,69 +44,69 @@ REVISIONS = {
     "upcycle": 1,
     "train": 1,
 }
-"""Raised when the code of a stage changes what it makes."""
+"""Stage -> revision, incremented when a change of its code changes its output."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a run: its name, what decides its output, the stages before it, and how it is made."""
+    """One step of a run: its name, what determines its output, the stages it needs, and how it is made."""
 
     name: str
     identity: Mapping[str, Any]
     needs: tuple[Stage, ...]
     build: Callable[[Any, Context], Mapping[str, Any]]
-    """Writes to a location: a folder, or an address if the store is at one."""
+    """Writes the output to a location (a folder, or an address if the store is remote) and returns its info."""
     run: Run
-    """The run that asked for it; of shared stages the first."""
+    """The run that needs it; the first one if several share the stage."""
     trains: str | None = None
-    """Of what trains: the name under which its checkpoints are."""
+    """Name of its checkpoint folder; None for stages that do not train."""
 
     @property
     def key(self) -> str:
-        """Name and hash: the name of its folder in the store."""
+        """Name and hash: its folder name in the store."""
         return f"{self.name}-{digest(self.identity)}"
 
     def find(self, store: Store) -> Output | None:
-        """Its finished output, or None."""
+        """Return its finished output, or None."""
         return store.find(self.name, self.identity)
 
     def path(self, store: Store) -> Location:
-        """Where its output is; raises LookupError if it is not there yet and that can't be known before."""
+        """Return where its output is; raise LookupError if that is unknown until it is made."""
         return store.path(self.name, self.identity)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how stages are computed."""
+    """Where and how to compute stages."""
 
     store: Store
     execution: Execution
     say: Callable[[str], None] = print
     lease: str | None = None
-    """Of the training that is being done: its id (raymoe.storage.lease)."""
+    """Id of the lease under which training runs (raymoe.storage.lease)."""
 
 
 def make(stage: Stage, context: Context) -> Output:
-    """The output of `stage`, made with all that it needs unless it is in the store."""
+    """Return the output of `stage`; make it and the stages it needs unless it is in the store."""
     if found := stage.find(context.store):
         return found
     for need in stage.needs:
         make(need, context)
     with _alone(stage, context) as alone:
-        if found := stage.find(context.store) if stage.trains else None:  # made by whom we waited for
+        if found := stage.find(context.store) if stage.trains else None:  # made by the process we waited for
             return found
         context.say(f"{stage.key}: started")
-        with redirect_stdout(sys.stderr):  # what libraries print is no result
+        with redirect_stdout(sys.stderr):  # what libraries print is not a result
             output = context.store.make(stage.name, stage.identity, lambda out: stage.build(out, alone))
     if stage.trains:
-        delete(context.store.checkpoints / stage.trains)  # the model is in the store
+        delete(context.store.checkpoints / stage.trains)  # no longer needed: the model is in the store
     context.say(f"{stage.key}: done in {output.marker['seconds']:.0f} s{_summary(output.info)}")
     return output
 
 
 @contextmanager
 def _alone(stage: Stage, context: Context) -> Iterator[Context]:
-    """Within the block nobody else trains the same run: its checkpoints have one writer."""
+    """Keep others from training the same run within the block, so that its checkpoints have one writer."""
     if stage.trains is None:
         yield context
         return
@@ -125,7 +125,7 @@ WITHOUT_RAY = ("corpus", "initial", "instructions")
 
 
 def prepare(stages: Iterable[Stage], context: Context) -> None:
-    """Make what `stages` need that needs no cluster, so that bad input is told before one starts.
+    """Make those upstream stages that need no cluster, so that bad input is reported before one starts.
 
     Raises:
         InputError: a bad row, a model or data that can't be used, a task that is no domain of the data, or a
@@ -156,7 +156,7 @@ def _check_tasks(run: Run, context: Context) -> None:
 
 
 def upstream(stages: Iterable[Stage]) -> list[Stage]:
-    """All stages that `stages` need, each once, in an order in which they can be made."""
+    """Return all stages that `stages` need, each once, in an order in which they can be made."""
     ordered: dict[str, Stage] = {}
 
     def visit(stage: Stage) -> None:
@@ -170,7 +170,7 @@ def upstream(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def training(run: Run) -> Stage:
-    """The last stage of `run`, which names all the others.
+    """Return the last stage of `run`, which needs all the others.
 
     Raises:
         InputError: the model or the data can't be used.
@@ -193,7 +193,7 @@ def training(run: Run) -> Stage:
         from raymoe.train.launch import fit
         from raymoe.train.spec import WorkerSpec
 
-        # reading metrics waits for the device: on a GPU ten steps share one wait
+        # reading metrics synchronises with the device: on a GPU once per ten steps
         spec = WorkerSpec(
             run=run,
             execution=context.execution,
@@ -211,7 +211,7 @@ def training(run: Run) -> Stage:
 
 
 def perplexity(run: Run) -> Stage:
-    """Perplexity of every training example under the dense model."""
+    """Return the stage that computes every training example's perplexity under the dense model."""
     dense, data = _dense(run), _instructions(run)
     identity = {
         **_head("perplexity"),
@@ -231,7 +231,7 @@ def perplexity(run: Run) -> Stage:
 
 
 def representations(run: Run) -> Stage:
-    """Token representations that the run's routers are made from."""
+    """Return the stage that extracts the token representations from which the routers are made."""
     method = _representation_method(run)
     dense, data = _dense(run), _instructions(run)
     scores = perplexity(run) if "perplexity" in seam(method).stages else None
@@ -263,7 +263,7 @@ def representations(run: Run) -> Stage:
 
 
 def prompts(run: Run) -> Stage:
-    """What SIMoE's router sees of every prompt, held-out ones included.
+    """Return the stage that computes the prompt representations for SIMoE's router, held-out ones included.
 
     Raises:
         InputError: the run's method has no prompt router.
@@ -297,7 +297,7 @@ def prompts(run: Run) -> Stage:
 
 
 def clusters(run: Run) -> Stage:
-    """Centroids of the representations and the router rows made of them."""
+    """Return the stage that clusters the representations and makes router rows of the centroids."""
     method, source = _representation_method(run), representations(run)
     fields = {"num_experts", "router_rows", "router_confidence", "spherical", "kmeans_starts"}
     identity = {
@@ -319,10 +319,10 @@ def clusters(run: Run) -> Stage:
 
 
 def upcycle(run: Run) -> Stage:
-    """The recipe of the run's MoE: dense model by reference, router rows, configuration.
+    """Return the stage that writes the recipe of the run's MoE: dense model by reference, router rows, method.
 
     Raises:
-        InputError: the run's method has none.
+        InputError: the run's method has no recipe.
     """
     if "upcycle" not in seam(run.method).stages:
         choice = methods_with("upcycle")
@@ -360,20 +360,20 @@ def upcycle(run: Run) -> Stage:
 
 
 def instructions(run: Run) -> Stage:
-    """The run's instructions, tokenised."""
+    """Return the stage that tokenises the run's instructions."""
     return _instructions(run)
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The dense model of a run: a stage's output, or a folder or Hugging Face id of the user's."""
+    """The dense model of a run: a stage's output, or the user's folder or Hugging Face id."""
 
     identity: Mapping[str, Any]
     model: Model
     stage: Stage | None = None
 
     def path(self, store: Store) -> Location:
-        """Its Hugging Face folder; downloads a hub's model that is not in the cache yet."""
+        """Return its Hugging Face folder; download a hub model that is not cached yet."""
         if self.stage:
             folder = self.stage.path(store)
             return folder / "model" if self.stage.name == "dense" else folder
@@ -383,14 +383,14 @@ class DenseModel:
 
 
 def dense(run: Run) -> DenseModel:
-    """The dense model that `run` starts from."""
+    """Return the dense model that `run` starts from."""
     return _dense(run)
 
 
 def local_seed(run: Run) -> Run:
-    """The run that trains the embedded dense model, through the same path as every other.
+    """Return the run that trains the embedded dense model, on the same path as every other run.
 
-    Its data are the whole local corpus whatever `run` trains on, and it is always trained in float32.
+    It always trains on the whole local corpus, in float32, whatever the data and precision of `run`.
     """
     shape = run.model.local
     return Run(
@@ -428,14 +428,14 @@ def _corpus(run: Run) -> Stage:
 
 @cache
 def _corpus_identity() -> Mapping[str, Any]:
-    """Of this Python's library, which is listed once: every stage of every trial asks."""
+    """Return the corpus's identity, cached: every stage asks, and it lists this Python's standard library."""
     from raymoe.data import local_corpus
 
     return local_corpus.identity()
 
 
 def _initial(run: Run) -> Stage:
-    """Tokenizer and random weights of the embedded dense model."""
+    """Return the stage that makes the embedded dense model's tokenizer and random weights."""
     corpus, shape = _corpus(run), run.model.local
     fields = {"vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"}
     identity = {
@@ -459,7 +459,7 @@ def _initial(run: Run) -> Stage:
 
 def _instructions(run: Run) -> Stage:
     data = run.data
-    # The embedded dense model's tokenizer is there before it is trained: encode with that.
+    # The embedded dense model's tokenizer exists before training: encode with that.
     tokenizer = _dense(run if run.model.name != "local" else local_seed(run))
     corpus = _corpus(run) if data.uses_local_corpus else None
     part = "seed" if run.model.name == "initial" else "instruct"
@@ -469,7 +469,7 @@ def _instructions(run: Run) -> Stage:
         "data": data.identity(),
         "corpus": [corpus.identity, part] if corpus else None,
         "files": _file_identity(data),
-        "seed": run.seed if data.max_examples else None,  # it draws the sample and nothing else
+        "seed": run.seed if data.max_examples else None,  # the seed draws the sample and nothing else
     }
 
     def build(out: Location, context: Context) -> Mapping[str, Any]:
@@ -495,7 +495,7 @@ def _representation_method(run: Run) -> TaskRepresentations | ContextRepresentat
 
 
 def _forward(context: Context, run: Run) -> dict[str, Any]:
-    """How the dense model is run over the data."""
+    """Return the options for running the dense model over the data."""
     from raymoe.cluster.capacity import uses_gpu
 
     execution = context.execution
@@ -517,7 +517,7 @@ def _head(stage: str) -> dict[str, Any]:
 
 
 def _file_identity(data: Data) -> list[list[Any]]:
-    """Name, size and modification time of the user's data files: a changed file makes new stages."""
+    """Return path, size and modification time of the user's data files, so that a changed file makes new stages."""
     files: list[Path] = []
     named = [(f"data.{key}", s.name) for key in ("train", "validation") for s in data.sources(key)]
     for key, name in named:
@@ -532,6 +532,6 @@ def _file_identity(data: Data) -> list[list[Any]]:
 
 
 def _summary(info: Mapping[str, Any]) -> str:
-    """The few numbers of a stage's info, for its progress line."""
+    """Return the integers of a stage's info, for its progress line."""
     shown = [f"{name} {value:,}" for name, value in info.items() if isinstance(value, int)]
     return f" ({', '.join(shown)})" if shown else ""

@@ -58,11 +58,15 @@ def test_both_methods_are_there_for_both_models() -> None:
 
 @pytest.mark.parametrize("file", RSU, ids=lambda f: f.stem)
 def test_figures_are_the_papers(file: Path) -> None:
-    job = load(RunFile, file)
-    assert job.optimization.learning_rate == of(file, LEARNING_RATES)
-    assert (job.optimization.batch_size, job.data.max_length, job.optimization.num_epochs) == (128, 4096, 1)
-    assert job.execution.workers == 8
-    method = job.method
+    run_file = load(RunFile, file)
+    assert run_file.optimization.learning_rate == of(file, LEARNING_RATES)
+    assert (run_file.optimization.batch_size, run_file.data.max_length, run_file.optimization.num_epochs) == (
+        128,
+        4096,
+        1,
+    )
+    assert run_file.execution.workers == 8
+    method = run_file.method
     assert isinstance(method, Representations) and method.top_k == 1
     assert (method.representation, method.router_rows, method.gating) == (
         "attention_output",
@@ -70,7 +74,7 @@ def test_figures_are_the_papers(file: Path) -> None:
         "softmax",
     )
     assert not method.spherical
-    sources = job.data.sources("train")
+    sources = run_file.data.sources("train")
     if isinstance(method, TaskRepresentations):
         assert (method.num_experts, method.tasks, method.perplexity_top_fraction) == (
             2,
@@ -90,18 +94,18 @@ def test_figures_are_the_papers(file: Path) -> None:
 def test_state_leaves_an_80_gb_gpu_room_for_activations(file: Path) -> None:
     """bf16: 2 bytes of weights, 4 of gradients, 12 of AdamW and fp32 weights (ZeRO paper, section 3, but for
     gradients in fp32; below stage 2 bf16 runs as stage 2)."""
-    job, (kind, shape) = load(RunFile, file), of(file, SHAPES)
+    run_file, (kind, shape) = load(RunFile, file), of(file, SHAPES)
     heads = {"num_attention_heads": 32, "num_key_value_heads": shape["heads"], "vocab_size": 32_000}
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads))
     ffn = sum(p.numel() for name, p in dense.named_parameters() if ".mlp." in name)
-    assert isinstance(job.method, Representations)
-    parameters = dense.num_parameters() + (job.method.num_experts - 1) * ffn
+    assert isinstance(run_file.method, Representations)
+    parameters = dense.num_parameters() + (run_file.method.num_experts - 1) * ffn
     assert f"{parameters / 1e9:.2f}e9 parameters" in file.read_text()
-    spread = {1: 16, 3: 18}[job.execution.zero_stage]  # bytes of a parameter that are over all workers
+    spread = {1: 16, 3: 18}[run_file.execution.zero_stage]  # bytes of a parameter that are over all workers
     state = parameters * (18 - spread + spread / 8)
     assert f"{state / 1e9:.0f} GB a GPU" in file.read_text()
-    assert state < 45e9 and job.precision == "bfloat16"
+    assert state < 45e9 and run_file.precision == "bfloat16"
 
 
 def between(run: Run) -> list[str]:
@@ -119,18 +123,18 @@ def test_the_pages_three_setups_are_there() -> None:
 
 @pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
 def test_figures_are_the_pages(file: Path) -> None:
-    job = load(RunFile, file)
-    method = job.method
+    run_file = load(RunFile, file)
+    method = run_file.method
     assert isinstance(method, SparseInterpolation)
     assert (method.num_experts, method.sparsity_target, method.sparsity_scope) == (8, 0.75, "union")
-    (source,) = job.data.sources("train")
+    (source,) = run_file.data.sources("train")
     columns = (source.system, source.prompt, source.completion)
     if "superni" in file.stem:
         assert source.name == "Muennighoff/natural-instructions"
         assert columns == ("definition", "inputs", "targets")
     else:
         assert source.name == "allenai/tulu-3-sft-mixture" and columns == (None, None, None)
-    assert job.model.name == of(
+    assert run_file.model.name == of(
         file, {"llama3.2-3b": "meta-llama/Llama-3.2-3B", "llama3-8b": "meta-llama/Meta-Llama-3-8B"}
     )
 
@@ -153,9 +157,9 @@ def test_the_commands_in_its_header_are_the_pages_baselines(file: Path) -> None:
 @pytest.mark.parametrize("file", SIMOE, ids=lambda f: f.stem)
 def test_a_simoe_file_says_its_sizes_and_they_fit(file: Path) -> None:
     """bf16 with ZeRO-3: 18 bytes of what is trained, 2 of what is frozen, over all workers."""
-    job, text = load(RunFile, file), file.read_text()
+    run_file, text = load(RunFile, file), file.read_text()
     shape = {**of(file, LLAMA_3), "num_key_value_heads": 8, "vocab_size": 128_256}
-    assert isinstance(job.method, SparseInterpolation) and job.precision == "bfloat16"
+    assert isinstance(run_file.method, SparseInterpolation) and run_file.precision == "bfloat16"
     with torch.device("meta"):
         dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape))
     ends = ("proj.weight", "norm.weight")
@@ -164,8 +168,8 @@ def test_a_simoe_file_says_its_sizes_and_they_fit(file: Path) -> None:
     upcycled, active = dense.num_parameters() + 3 * ffn, dense.num_parameters() + ffn
     for number in (dense.num_parameters(), delta, upcycled, active):
         assert f"{number / 1e9:.2f}e9" in text
-    assert job.execution.zero_stage == 3
-    workers = job.execution.workers
+    assert run_file.execution.zero_stage == 3
+    workers = run_file.execution.workers
     assert workers is not None
     for name, state in {
         "Full FT: ": 18 * dense.num_parameters() / workers,
@@ -173,7 +177,7 @@ def test_a_simoe_file_says_its_sizes_and_they_fit(file: Path) -> None:
     }.items():
         assert f"{name}{state / 1e9:.0f} GB" in text
         assert state < 60e9
-    found = sizes(dense.config, job.method, precision="bfloat16", workers=workers, zero_stage=3)["simoe"]
+    found = sizes(dense.config, run_file.method, precision="bfloat16", workers=workers, zero_stage=3)["simoe"]
     assert f"{found['training_bytes'] / 1e9:.0f} GB a GPU" in text
     assert f"{found['total'] / 1e9:.2f}e9, {1 - found['total'] / active:.1%} below" in text
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.local_session import LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LocalSession, environment, free_port, small_run, small_spec
 
 from raymoe.data.instructions import prepare
 from raymoe.methods import Dense, SparseInterpolation, SparseUpcycling
@@ -95,7 +95,7 @@ def test_the_table_covers_what_runs_log_and_holds_nothing_else(
     names: set[str] = set()
     for method in methods:
         session, run = LocalSession(), small_run(pico, data_folder, method, max_steps=2)
-        rows = train(small_job(run, pico, tmp_path / "encoded", tmp_path / method.name), session)
+        rows = train(small_spec(run, pico, tmp_path / "encoded", tmp_path / method.name), session)
         names |= {name for row in (*rows, *(row for _, row in session.rows)) for name in row}
     names.remove("step")
     assert {name for name in names if find(name) is None} == set()

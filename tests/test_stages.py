@@ -24,13 +24,13 @@ PATH: dict[str, Callable[[Run], Stage]] = {
     "train": stages.training,
 }
 FROM = {name: set(list(PATH)[i:]) for i, name in enumerate(PATH)}
-"""A stage and all after it."""
+"""Stage -> itself and all stages after it."""
 TRSU = validate(Run, {"method": {"name": "trsu"}})
 CRSU = validate(Run, {"method": {"name": "crsu"}})
 
 
 def keys(run: Run) -> dict[str, str]:
-    """Key of every stage on the path that the run's method has."""
+    """Return the key of every stage on the path that the run's method has."""
     found = {}
     for name, stage in PATH.items():
         with contextlib.suppress(InputError):
@@ -66,7 +66,7 @@ def changed(base: Run, changes: Mapping[str, Any]) -> set[str]:
         ({"model.local.hidden_size": 64}, FROM["instructions"]),
         ({"data.max_length": 64}, FROM["instructions"]),
         ({"data.max_examples": 10}, FROM["instructions"]),
-        ({"seed": 1}, FROM["representations"]),  # it samples tokens, and data only if they are limited
+        ({"seed": 1}, FROM["representations"]),  # the seed samples tokens, and data only if limited
         ({"seed": 1, "data.max_examples": 10}, FROM["instructions"]),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -78,7 +78,7 @@ def test_a_setting_changes_the_stages_that_read_it_and_those_after(
 
 
 def test_crsu_needs_no_scores_and_shares_what_it_can() -> None:
-    assert set(keys(CRSU)) == set(PATH)  # it can be scored, but does not ask for it
+    assert set(keys(CRSU)) == set(PATH)  # perplexity can be scored, but CRSU does not need it
     assert "perplexity" not in {s.name for s in upstream([stages.training(CRSU)])}
     assert changed(CRSU, {"method.num_experts": 4}) == FROM["clusters"]
     assert changed(CRSU, {"method.token_fraction": 0.5}) == FROM["representations"]
@@ -243,7 +243,7 @@ def test_make_makes_what_is_needed_once(tmp_path: Path) -> None:
     assert make(d, context) == output
     assert len(said) == 8
     shutil.rmtree(b.path(context.store))
-    assert make(d, context) == output  # what it was made from is not needed any more
+    assert make(d, context) == output  # its inputs are no longer needed
     assert calls == ["a", "b", "c", "d"]
     make(stage("e", calls, b), context)
     assert calls[4:] == ["b", "e"]

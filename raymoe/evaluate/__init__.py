@@ -1,1 +1,1 @@
-"""What a model is worth: held-out loss, perplexity, exact match."""
+"""Measure a model's quality: held-out loss, perplexity, exact match."""

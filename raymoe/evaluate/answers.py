@@ -1,4 +1,4 @@
-"""Exact match: compare the final numbers of two answers, however they are written."""
+"""Exact match: compare the final numbers of two answers, however written."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from fractions import Fraction
 
 NUMBER = re.compile(
-    r"(?:(?<!\d)-)?"  # in `5-3` it subtracts
+    r"(?:(?<!\d)-)?"  # a minus sign; in `5-3` it subtracts
     r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     r"(?:/\d+)?"
 )
 
 
 def final_answer(text: str) -> str | None:
-    """Return the number after the last `####`, else the last of the text, as a whole number or fraction.
+    """Return the number after the last `####`, else the last one in the text, as an integer or fraction.
 
     None if there is no number.
     """
@@ -30,6 +30,6 @@ def final_answer(text: str) -> str | None:
 
 
 def same_answer(text: str, reference: str) -> bool:
-    """True if both end in the same number; a text without a number is never right."""
+    """True if both have the same final number; a text without a number is never right."""
     answer = final_answer(text)
     return answer is not None and answer == final_answer(reference)

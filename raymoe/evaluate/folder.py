@@ -1,8 +1,8 @@
-"""Measure a model folder on encoded held-out instructions: any that stock transformers loads, or a SIMoE one.
+"""Measure a model folder, SIMoE or any that stock transformers loads, on held-out examples.
 
     raymoe evaluate my-run.yaml --model-folder some/model
 
-The data are those of the run; so is the precision.
+Data and precision are those of the run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from raymoe.upcycle.simoe import is_simoe, load_simoe
 
 
 def check_tokenizer(model_folder: Path, encoded_with: Path) -> None:
-    """Refuse a model whose token ids are not those of the tokenizer that the data were encoded with.
+    """Check that a model's token ids are those of the tokenizer with which the data were encoded.
 
     Raises:
         InputError: the vocabularies differ, or the model has no tokenizer.
@@ -38,7 +38,7 @@ def check_tokenizer(model_folder: Path, encoded_with: Path) -> None:
     if own != AutoTokenizer.from_pretrained(encoded_with, local_files_only=True).get_vocab():
         raise InputError(
             f"--model-folder: the tokenizer in {model_folder} has another vocabulary than that in "
-            f"{encoded_with}, which the data are encoded with"
+            f"{encoded_with}, with which the data were encoded"
         )
 
 
@@ -46,9 +46,9 @@ def evaluate_folder(model_folder: Path, instructions: Path, run: Run) -> dict[st
     """Return the held-out metrics of the model in a folder, in the precision of `run`, on a GPU if there is one.
 
     Args:
-        model_folder: what `raymoe export` writes, or any causal language model.
-        instructions: output of the instructions stage; its held-out part is measured.
-        run: says what is measured.
+        model_folder: a folder written by `raymoe export`, or any causal language model.
+        instructions: output of the instructions stage; its held-out examples are used.
+        run: settings of the evaluation, the data and the precision.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if run.precision == "bfloat16" else torch.float32
@@ -75,7 +75,7 @@ def _measure_simoe(
 
     @contextmanager
     def applied(examples: Sequence[int], batch: Batch | None) -> Iterator[None]:
-        """Make the model that of the prompts of `examples`."""
+        """Apply the coefficients of the prompts of `examples` within the block."""
         c_SG = simoe.coefficients([held_out.prompt(example) for example in examples])
         with simoe.interpolated.applied(c_SG, *((batch.documents, batch.input_ids.numel()) if batch else ())):
             yield

@@ -1,6 +1,6 @@
 """Measure a model: held-out completion loss and perplexity per domain, routing per domain, exact match.
 
-Used by the training loop at the milestones and by `raymoe evaluate` on a finished folder.
+Used by the training loop at milestones and by `raymoe evaluate` on a model folder.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from raymoe.models.generate import generate
 from raymoe.models.moe import sparse_layers
 
 Applied = Callable[[Sequence[int], Batch | None], AbstractContextManager[None]]
-"""Makes the model that of some held-out records while they are measured: packed in a batch or, without one, a
-row each."""
+"""Sets a model up for some held-out examples within a block: packed in a batch or, without one, one per row."""
 SEQUENCES_PER_FORWARD = 4
 PROMPTS_PER_BATCH = 32
 
 
 class Evaluator:
-    """Held-out examples, shared among the workers; every worker gets the sums of all."""
+    """Measures models on held-out examples, split among the workers; every worker gets the totals."""
 
     def __init__(
         self,
@@ -50,20 +49,20 @@ class Evaluator:
         synced: bool = False,
         applied: Applied | None = None,
     ) -> None:
-        """`synced`: every worker must run the same number of forward passes (ZeRO-3).
+        """`synced`: all workers must run the same number of forward passes (ZeRO-3).
 
-        `applied`: for models that differ from prompt to prompt (SIMoE).
+        `applied`: for models whose weights depend on the prompt (SIMoE).
         """
         self.config, self.held_out, self.tokenizer = config, held_out, tokenizer
         self.rank, self.world_size, self.max_length, self.synced = rank, world_size, max_length, synced
-        self.applied = applied or (lambda records, batch: nullcontext())
+        self.applied = applied or (lambda examples, batch: nullcontext())
         self.domains = sorted(set(held_out.domains))
-        self.records = {d: _first(held_out.domains, d, config.max_examples_per_domain) for d in self.domains}
-        self.turn_ends = _turn_ends(held_out, np.concatenate([*self.records.values()]), tokenizer)
+        self.examples = {d: _first(held_out.domains, d, config.max_examples_per_domain) for d in self.domains}
+        self.turn_ends = _turn_ends(held_out, np.concatenate([*self.examples.values()]), tokenizer)
 
     @torch.no_grad()
     def measure(self, loss: Callable[[Batch], LossOutput], model: PreTrainedModel) -> dict[str, float]:
-        """All metrics of `model`; `loss` is its `CausalLoss`, or the engine around that."""
+        """Return all metrics of `model`; `loss` is its `CausalLoss`, or the engine around it."""
         was_training = model.training
         model.eval()
         metrics = self._losses(loss, model) | self._exact_match(model)
@@ -71,7 +70,7 @@ class Evaluator:
         return metrics
 
     def _losses(self, loss: Callable[[Batch], LossOutput], model: PreTrainedModel) -> dict[str, float]:
-        """`eval/loss` and `eval/perplexity` over all completion tokens, and the same per domain."""
+        """Return `eval/loss` and `eval/perplexity` over all completion tokens and per domain, and the routing."""
         device = model.device
         rows = {d: torch.zeros(2, dtype=torch.float64, device=device) for d in self.domains}
         loads: dict[str, Tensor] = {}
@@ -89,7 +88,7 @@ class Evaluator:
         return metrics | self._load_metrics(loads, model)
 
     def _load_metrics(self, loads: dict[str, Tensor], model: PreTrainedModel) -> dict[str, float]:
-        """Share of each domain's tokens per expert, mean over layers (RSU paper, Table 7)."""
+        """Return the share of each domain's tokens per expert, averaged over layers (RSU paper, Table 7)."""
         layers = sparse_layers(model)
         if not layers:
             return {}
@@ -102,15 +101,15 @@ class Evaluator:
         return metrics
 
     def _batches(self) -> Iterator[tuple[str, list[np.ndarray], int]]:
-        """(domain, packed sequences of that domain alone, 1)."""
-        for domain, records in self.records.items():
-            packed = pack(self.held_out.lengths[records], self.max_length, np.arange(len(records)))
-            sequences = [records[sequence] for sequence in packed]
+        """Yield (domain, packed sequences of that domain only, 1)."""
+        for domain, examples in self.examples.items():
+            packed = pack(self.held_out.lengths[examples], self.max_length, np.arange(len(examples)))
+            sequences = [examples[sequence] for sequence in packed]
             for start in range(0, len(sequences), SEQUENCES_PER_FORWARD):
                 yield domain, sequences[start : start + SEQUENCES_PER_FORWARD], 1
 
     def _shared(self, batches: Iterator[tuple[str, Any, int]]) -> Iterator[tuple[str, Any, int]]:
-        """This worker's batches; if workers must keep in step, idle ones repeat a batch that counts 0."""
+        """Yield this worker's batches; if workers must keep in step, idle ones repeat a batch with count 0."""
         while group := list(islice(batches, self.world_size)):
             if self.rank < len(group):
                 yield group[self.rank]
@@ -119,15 +118,15 @@ class Evaluator:
                 yield domain, content, 0
 
     def _exact_match(self, model: Any) -> dict[str, float]:
-        """Share of held-out examples whose final answer greedy generation gets right."""
+        """Return the share of held-out examples whose final answer is right under greedy generation."""
         metrics = {}
         for domain in self.config.generation_domains:
-            if domain not in self.records or not self.config.generation_examples:
+            if domain not in self.examples or not self.config.generation_examples:
                 continue
-            records = self.records[domain][: self.config.generation_examples]
+            examples = self.examples[domain][: self.config.generation_examples]
             hits = torch.zeros(2, dtype=torch.float64, device=model.device)
-            starts = range(0, len(records), PROMPTS_PER_BATCH)
-            batches = ((domain, records[s : s + PROMPTS_PER_BATCH], 1) for s in starts)
+            starts = range(0, len(examples), PROMPTS_PER_BATCH)
+            batches = ((domain, examples[s : s + PROMPTS_PER_BATCH], 1) for s in starts)
             for _, some, counts in self._shared(batches):
                 right = self._answers_right(model, some)
                 hits += counts * torch.tensor([sum(right), len(right)], device=model.device)
@@ -135,23 +134,23 @@ class Evaluator:
             metrics[f"eval/{domain}/exact_match"] = correct / total
         return metrics
 
-    def _answers_right(self, model: Any, records: np.ndarray) -> list[bool]:
-        prompts = [self.held_out.prompt(int(r)) for r in records]
+    def _answers_right(self, model: Any, examples: np.ndarray) -> list[bool]:
+        prompts = [self.held_out.prompt(int(i)) for i in examples]
         length, ends = self.config.max_new_tokens, self.turn_ends
-        with self.applied(records.tolist(), None):
+        with self.applied(examples.tolist(), None):
             texts = generate(model, self.tokenizer, prompts, length, synced=self.synced, stop=ends)
-        completions = [self.held_out.completion(int(r)) for r in records]
+        completions = [self.held_out.completion(int(i)) for i in examples]
         references = [self.tokenizer.decode(c, skip_special_tokens=True) for c in completions]
         return [same_answer(t, r) for t, r in zip(texts, references, strict=True)]
 
 
-def _turn_ends(held_out: Encoded, records: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special tokens that the completions of `records` end with, whatever white space follows them."""
+def _turn_ends(held_out: Encoded, examples: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the special tokens that end the completions of `examples`, ignoring white space after them."""
     special = set(tokenizer.all_special_ids)
     special |= {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ends: set[int] = set()
-    for record in records:
-        for token in reversed(held_out.completion(int(record)).tolist()):
+    for example in examples:
+        for token in reversed(held_out.completion(int(example)).tolist()):
             if token in special:
                 ends.add(token)
             elif str(tokenizer.decode([token])).strip():
@@ -172,5 +171,5 @@ def _exp(x: float) -> float:
 
 
 def _first(domains: Sequence[str], domain: str, limit: int) -> np.ndarray:
-    """Indices of the first `limit` examples of `domain`."""
+    """Return the indices of the first `limit` examples of `domain`."""
     return np.flatnonzero(np.asarray(domains) == domain)[:limit]

@@ -1,4 +1,4 @@
-"""A causal LM as the training loop sees it: packed batch in, losses and routing out."""
+"""A causal LM for the training loop: takes a packed batch, returns losses and routing statistics."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from raymoe.models.moe import load_balancing_loss, routing_entropy, sparse_layer
 from raymoe.models.packed_attention import completion_losses
 
 LOAD_BALANCE = "load_balance_loss"
-"""Name of the MoE's own penalty: 1 when balanced, whatever the number of experts; alpha is not in it."""
+"""Name of the load-balance penalty: 1 when balanced, for any number of experts; not multiplied by alpha."""
 
 
 class Routed(NamedTuple):
-    """Where the sparse layers sent the tokens of a batch: W packed sequences of T tokens, L layers, N experts."""
+    """Routing of a batch in all sparse layers: W packed sequences of T tokens, L layers, N experts, K choices."""
 
     logits_LWTN: Tensor
     """Router logits, with their graph."""
     expert_ids_LWTK: Tensor
-    """Chosen experts, the most probable first."""
+    """Chosen experts, most probable first."""
 
 
 class LossOutput(NamedTuple):
-    """What one forward pass returns."""
+    """Result of one forward pass."""
 
     nll: Tensor
     """Negative log-likelihood of each completion token [C], in the batch's order."""
     penalties: dict[str, Tensor]
-    """Further losses (scalars), means over the batch's tokens and without their weights."""
+    """Further losses: scalars, averaged over the batch's tokens, unweighted."""
     statistics: dict[str, Tensor]
-    """Measurements without a graph: `load` [L, N] tokens per expert, `entropy` [L] of the router in nats; of a
-    dense model none."""
+    """Measurements without a graph: `load` [L, N], tokens per expert; `entropy` [L], of the router in nats. Empty for
+    dense models."""
 
 
 Penalties = Callable[[Batch, Routed | None], dict[str, Tensor]]
-"""From a batch and where its tokens went (None: no sparse layer) to the penalties of a forward pass."""
+"""Maps a batch and its routing (None: no sparse layer) to the penalties of a forward pass."""
 
 
 def load_balance(batch: Batch, routed: Routed | None) -> dict[str, Tensor]:
-    """The load-balance loss of the RSU paper (eq. 3 and 4, without alpha) as the penalty of a sparse model."""
+    """Return the load-balance loss of the RSU paper (eq. 3 and 4, without alpha); nothing for a dense model."""
     if routed is None:
         return {}
     top_k = routed.expert_ids_LWTK.shape[-1]
@@ -51,7 +51,7 @@ def load_balance(batch: Batch, routed: Routed | None) -> dict[str, Tensor]:
 
 
 class CausalLoss(nn.Module):
-    """Wraps `model` so that losses and head are computed inside one forward (what ZeRO-3's hooks need)."""
+    """Wraps `model` so that head and losses are computed within one forward pass, as ZeRO-3's hooks require."""
 
     def __init__(self, model: PreTrainedModel, penalties: Penalties = load_balance) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class CausalLoss(nn.Module):
         self.penalties = penalties
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Run one packed batch."""
+        """Compute losses and statistics of one packed batch."""
         nll = completion_losses(self.model, batch)
         routed = self._routed(batch)
         statistics = {} if routed is None else _statistics(batch, routed)

@@ -1,6 +1,6 @@
-"""The dense start: a Hugging Face id, a folder, or the random tiny Llama that is trained on the local corpus.
+"""The dense model that a run starts from: a Hugging Face id, a folder, or a tiny Llama made for the local corpus.
 
-Weights are read from safetensors alone, and no code that comes with a model is ever run.
+Weights are read from safetensors only, and code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
-# ---- a model of the user's ----
+# ---- the user's model ----
 
 
 def resolve(model: Model) -> Path:
-    """Return the folder of the dense model that is named; a hub's model is downloaded unless it is in the cache.
+    """Return the folder of the named dense model; download a hub model unless it is in the cache.
 
     Raises:
         InputError: no such model, or one that raymoe can't start from; one line.
@@ -50,9 +50,9 @@ def resolve(model: Model) -> Path:
 
 
 def identity(model: Model) -> dict[str, Any]:
-    """Return what identifies a model's content: a folder's `fingerprint`, or a hub id and its revision.
+    """Return a model's identity: a folder's `fingerprint`, or a hub id and its revision.
 
-    The network is not touched: without a revision, a hub model that changes keeps its identity.
+    The network is not used: without a revision, a hub model that changes keeps its identity.
 
     Raises:
         InputError: a folder that raymoe can't start from; one line.
@@ -96,7 +96,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_supported(config: PretrainedConfig | Mapping[str, Any]) -> None:
-    """Raise InputError unless `config` (or the values of a config.json) is of a dense model of a known family."""
+    """Raise InputError unless `config` (or the values of a config.json) describes a dense model of a known family."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     kind = str(values.get("model_type"))
     architectures = values.get("architectures") or []
@@ -152,7 +152,7 @@ def _download(model: Model) -> Path:
             )
         )
     except GatedRepoError:
-        reason = "access has to be granted on its page; then log in (`hf auth login`)"
+        reason = "request access on its page, then log in (`hf auth login`)"
     except RepositoryNotFoundError:
         reason = "no such folder here, and no such model on Hugging Face (or a private one: `hf auth login`)"
     except RevisionNotFoundError:
@@ -218,9 +218,9 @@ def write_initial(folder: Path, corpus: Path, shape: LocalModel, max_length: int
     Args:
         folder: where to write.
         corpus: folder `seed` of the local corpus; its `*.train.jsonl` are read.
-        shape: widths, depth and vocabulary.
-        max_length: tokens of a training sequence; the model takes twice as many.
-        seed: of the weights.
+        shape: widths, depth and vocabulary size.
+        max_length: tokens of a training sequence; the model accepts twice as many.
+        seed: random seed of the weights.
     """
     tokenizer = _train_tokenizer(corpus, shape.vocab_size)
     tokenizer.model_max_length = 2 * max_length
@@ -259,7 +259,7 @@ def _texts(corpus: Path) -> Iterator[str]:
 
 
 def local_config(shape: LocalModel, **settings: Any) -> LlamaConfig:
-    """Return the Llama config of `shape`; `settings` are what its tokenizer and data decide."""
+    """Return the Llama config of `shape`; `settings` depend on the tokenizer and the data."""
     from transformers import LlamaConfig
 
     return LlamaConfig(

@@ -1,4 +1,4 @@
-"""Model families: all that raymoe knows about one kind of dense model, in one record each.
+"""Model families: everything raymoe knows about one kind of dense model, in one record each.
 
 `FAMILIES` is read by upcycling, representations, SIMoE, the planner and export. To add a family, add a record here
 and a tiny model of it to tests/support/models.py; docs/models.md says what to look for.
@@ -23,14 +23,14 @@ SHARED_SETTINGS = (
     "tie_word_embeddings", "rope_parameters", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id",
     "dtype",
 )  # fmt: skip
-"""Settings that mean the same in every dense and sparse class that has them."""
+"""Config settings with the same meaning in every dense and sparse class that has them."""
 
 
 # ---- sparse classes
 
 
 class Place(NamedTuple):
-    """One expert's projection on disk: a tensor, or one of the equal parts that a tensor is made of."""
+    """One expert's projection on disk: a tensor, or one of a tensor's equal parts."""
 
     name: str
     part: int = 0
@@ -45,29 +45,29 @@ def _nothing(shapes: Mapping[str, Shape], num_experts: int) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Layout:
-    """A stock sparse class of transformers: its name, its tensors on disk, its settings."""
+    """A stock sparse class of transformers: name, tensors on disk, settings."""
 
     model_type: str
     architecture: str
     block: str
     """Name of the sparse block within a decoder layer."""
     projections: Mapping[str, str]
-    """Where gate_proj, up_proj and down_proj of an expert are within the block; `{}` stands for the expert's number.
-    Without it one tensor holds all experts in order, and of each expert the projections that share its name."""
+    """gate_proj, up_proj and down_proj -> tensor name within the block; `{}` stands for the expert's index. Without
+    it one tensor holds all experts in order, each with those of its projections that share the name."""
     settings: Callable[[Any, Experts], dict[str, Any]]
-    """Return what differs from SHARED_SETTINGS, given the dense config and the method.
+    """Returns the settings beyond SHARED_SETTINGS, given the dense config and the method.
 
-    Raises InputError for a dense model that the class cannot hold."""
+    Raises InputError for a dense model that the class can't hold."""
     router_name: str = "gate.weight"
-    """The router's rows [N, D] within the block."""
+    """Name of the router's rows [N, D] within the block."""
     router_in_fp32: bool = False
-    """The class computes the router's logits, and keeps its weights, in fp32 whatever the model's dtype."""
+    """True if the class computes router logits, and keeps router weights, in fp32 whatever the model's dtype."""
     zeros: Callable[[Mapping[str, Shape], int], dict[str, Shape]] = _nothing
-    """Return the tensors of a layer that the class has, the dense model lacks and zero leaves without effect, given
+    """Returns the tensors of a layer that the class has, the dense model lacks and zero leaves without effect, given
     the shapes of the dense layer's tensors and N. Names are relative to the layer."""
 
     def expert(self, layer: int | str, expert: int, projection: str) -> Place:
-        """Return where a weight of one expert is: `projection` is gate_proj, up_proj or down_proj."""
+        """Return the place of one expert's weight; `projection` is gate_proj, up_proj or down_proj."""
         template = self.projections[projection]
         name = f"model.layers.{layer}.{self.block}.{template.format(expert)}"
         if "{}" in template:
@@ -76,7 +76,7 @@ class Layout:
         return Place(name, expert * len(sharing) + sharing.index(projection))
 
     def stacked(self, projection: str) -> int:
-        """Return how many projections of an expert share a tensor with those of all experts; 0: it has its own."""
+        """Return how many of an expert's projections share this one's tensor; 0 if tensors hold one expert each."""
         return 0 if "{}" in self.projections[projection] else len(self._sharing(projection))
 
     def router(self, layer: int | str) -> str:
@@ -101,7 +101,7 @@ def _qwen2_moe_settings(dense: Any, method: Experts) -> dict[str, Any]:
         "num_experts": method.num_experts,
         "norm_topk_prob": method.gating != "softmax",
         "shared_expert_intermediate_size": 0,
-        "qkv_bias": True,  # servers assume it, so models without get zero biases
+        "qkv_bias": True,  # servers assume biases, so models without them get zeros
         **_windows(dense),
         **_head_dim(dense),
     }
@@ -110,8 +110,8 @@ def _qwen2_moe_settings(dense: Any, method: Experts) -> dict[str, Any]:
 def _qwen2_moe_zeros(shapes: Mapping[str, Shape], num_experts: int) -> dict[str, Shape]:
     """Return the gate of the shared expert, and biases of query, key and value.
 
-    The weights of its shared expert of width 0 are left out: transformers needs no bytes to fill them (it
-    lists them as missing), and servers that make no such module refuse them.
+    The weights of its shared expert of width 0 are left out: transformers needs no bytes for them (it lists
+    them as missing), and servers that create no such module refuse them.
     """
     weights = {name: shapes[f"self_attn.{name}.weight"] for name in ("q_proj", "k_proj", "v_proj")}
     biases = {f"self_attn.{name}.bias": shape[:1] for name, shape in weights.items()}
@@ -158,25 +158,25 @@ def _ernie4_5_moe_settings(dense: Any, method: Experts) -> dict[str, Any]:
         "moe_num_experts": method.num_experts,
         "moe_intermediate_size": dense.intermediate_size,
         "moe_num_shared_experts": 0,
-        "moe_layer_start_index": 0,  # its own default leaves the first layer dense
+        "moe_layer_start_index": 0,  # the default leaves the first layer dense
         **_head_dim(dense),
     }
 
 
 def _ernie4_5_moe_zeros(shapes: Mapping[str, Shape], num_experts: int) -> dict[str, Shape]:
-    """Return the bias that balances Ernie's own experts: added to probabilities to choose, not to weigh."""
+    """Return the bias that balances Ernie's own experts: it is added when experts are chosen, not when weighted."""
     return {"mlp.moe_statics.e_score_correction_bias": (1, num_experts)}
 
 
 def _head_dim(dense: Any) -> dict[str, int]:
-    """Return the width of a head where it is not D / heads, for classes without a setting of that name."""
+    """Return `head_dim` if it is not D / heads, for classes whose config need not have the setting."""
     derived = dense.hidden_size // dense.num_attention_heads
     head_dim = getattr(dense, "head_dim", None) or derived
     return {"head_dim": head_dim} if head_dim != derived else {}
 
 
 def _windows(dense: Any) -> dict[str, Any]:
-    """Return which layers attend within a sliding window, in Qwen's terms; Mistral has one in all layers or none."""
+    """Return the sliding-window settings in Qwen's terms; Mistral has a window in all layers or none."""
     window = getattr(dense, "sliding_window", None)
     everywhere = "sliding_attention" if window else "full_attention"
     layer_types = getattr(dense, "layer_types", None) or [everywhere] * dense.num_hidden_layers
@@ -235,7 +235,7 @@ ERNIE4_5_MOE = Layout(
 
 
 class Point(NamedTuple):
-    """What goes into or comes out of a module of a decoder layer."""
+    """The input or output of a module of a decoder layer."""
 
     module: str
     side: Literal["input", "output"]
@@ -246,9 +246,9 @@ PRE_NORM = {
     "attention_output": Point("self_attn.o_proj", "output"),
     "attention_residual": Point("post_attention_layernorm", "input"),
 }
-"""Where representations are read if a norm comes before attention and before the FFN."""
+"""Where representations are read if norms precede attention and FFN."""
 POST_NORM = {**PRE_NORM, "attention_residual": Point("mlp", "input")}
-"""Likewise if norms come after them: what the FFN and the router see is the residual stream itself."""
+"""Likewise if norms follow attention and FFN: the input of FFN and router is the residual stream itself."""
 
 _FFN_BIAS = "its FFN has biases, which no standard sparse class has"
 _ATTENTION_BIAS = "no standard sparse class holds its attention biases"
@@ -256,30 +256,30 @@ _ATTENTION_BIAS = "no standard sparse class holds its attention biases"
 
 @dataclass(frozen=True)
 class Family:
-    """What raymoe knows about one `model_type` of dense models."""
+    """Everything raymoe knows about one `model_type` of dense models."""
 
     model_type: str
     about: str
-    """What sets it apart and what that means for its experts, for docs/models.md."""
+    """How it differs from others and what that means for its experts, for docs/models.md."""
     sparse: Mapping[str, Layout | str]
-    """Gating -> the stock class that computes the same function, or the reason why there is none."""
+    """Gating -> the stock class that computes the same function, or the reason there is none."""
     points: Mapping[str, Point] = field(default_factory=lambda: PRE_NORM)
-    """Representation -> where a decoder layer has it."""
+    """Representation -> where it is read in a decoder layer."""
     query_key_norms: bool = False
-    """Queries and keys are normalised too, per head or over the whole width."""
+    """True if queries and keys are normalised too, per head or over the whole width."""
     norms_scale_in_fp32: bool = False
-    """Norms round to the model's dtype after they are scaled by their weight, not before."""
+    """True if norms round to the model's dtype after scaling by their weight, not before."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Setting of the config that must be false or absent -> the reason."""
 
     def refusal(self, config: Any) -> tuple[str, str] | None:
-        """Return the first setting of `config` (or of a config.json's values) that is refused, and the reason."""
+        """Return the first refused setting of `config` (or of a config.json's values) and the reason, or None."""
         values = config if isinstance(config, Mapping) else config.to_dict()
         return next(((name, reason) for name, reason in self.refused.items() if values.get(name)), None)
 
 
 def _by_gating(renormalized: Layout, softmax: Layout | str) -> dict[str, Layout | str]:
-    """A straight_through model computes the function of a renormalized one; only its gradient is another."""
+    """Return the classes by gating; straight_through computes what renormalized does, with another gradient."""
     return {"straight_through": renormalized, "renormalized": renormalized, "softmax": softmax}
 
 
@@ -401,5 +401,5 @@ def sparse_config(dense: PreTrainedConfig, method: Experts) -> PreTrainedConfig:
 
 
 def logits_divisor(config: Any) -> float:
-    """Return what a model, dense or sparse, divides the LM head's output by: 1 but for Granite."""
+    """Return the divisor of the LM head's output of a model, dense or sparse: 1 except for Granite."""
     return float(getattr(config, "logits_scaling", None) or 1)

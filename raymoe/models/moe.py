@@ -1,7 +1,7 @@
 """Routers, experts, gating and the load-balance loss: the sparse layer that replaces a dense model's FFN.
 
 `upcycle_model` turns a Hugging Face dense model into a Mixture-of-Experts without touching its modelling
-code: every decoder layer's `mlp` becomes a `SparseMoE`; attention, norms and embeddings stay what they are.
+code: every decoder layer's `mlp` becomes a `SparseMoE`; attention, norms and embeddings stay as they are.
 The experts are computed by transformers' kernels (`grouped_mm`, `eager`, ...).
 
 Shapes: W sequences, T tokens of a sequence, S = W * T tokens, D width, F FFN width, N experts, K = top_k,
@@ -35,7 +35,7 @@ def _renormalized(p_SK: Tensor) -> Tensor:
 
 
 def _straight_through(p_SK: Tensor) -> Tensor:
-    """The value of `_renormalized` with the gradient of p_i / constant: the LM loss trains the router."""
+    """Return the value of `_renormalized` with the gradient of p_i / constant: the LM loss trains the router."""
     return p_SK / p_SK.sum(-1, keepdim=True).detach()
 
 
@@ -47,7 +47,7 @@ GATINGS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FFN(NamedTuple):
-    """Weights of a dense FFN, or of one expert, under the names that they have in a dense model."""
+    """Weights of a dense FFN or of one expert, by their names in a dense model."""
 
     gate_proj: Tensor
     """[F, D]"""
@@ -58,11 +58,11 @@ class FFN(NamedTuple):
 
 
 ExpertStart = Callable[[FFN, int, int], FFN]
-"""From the dense FFN, its layer's number and the expert's to the weights that the expert starts from."""
+"""Maps the dense FFN, its layer's index and the expert's index to the weights that the expert starts from."""
 
 
 class Routing(NamedTuple):
-    """Where one forward pass sent its tokens."""
+    """Router logits and chosen experts of one forward pass."""
 
     logits: Tensor
     """[S, N], with their graph."""
@@ -71,9 +71,9 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Linear router: `weight` [N, D]; its softmax is taken in fp32, as transformers does.
+    """Linear router: `weight` [N, D]; its softmax is computed in fp32, as in transformers.
 
-    `in_fp32`: its logits too, where the family's sparse class computes them so.
+    `in_fp32`: its logits too, for families whose sparse class computes them so.
     """
 
     def __init__(self, weight_ND: Tensor, top_k: int, gating: str, in_fp32: bool = False) -> None:
@@ -99,7 +99,7 @@ class Router(nn.Module):
 class SparseMoE(nn.Module):
     """N experts and the router that chooses K of them per token; a drop-in for a dense decoder layer's `mlp`.
 
-    `gate.weight` [N, D], `experts.gate_up_proj` [N, 2F, D], `experts.down_proj` [N, D, F]: the names of
+    `gate.weight` [N, D], `experts.gate_up_proj` [N, 2F, D], `experts.down_proj` [N, D, F]: named as in
     transformers' own MoE blocks.
     """
 
@@ -120,9 +120,9 @@ class SparseMoE(nn.Module):
         start: ExpertStart | None = None,
         router_in_fp32: bool = False,
     ) -> SparseMoE:
-        """Return N copies of the dense FFN `mlp` of `layer`, or what `start` makes of it, behind the router rows.
+        """Return the sparse layer whose N experts are copies of the dense FFN `mlp` of `layer`, or made by `start`.
 
-        It is on the device and in the dtype of `mlp`.
+        It has the device and dtype of `mlp`.
         """
         dense = FFN(*(getattr(mlp, name).weight.detach() for name in FFN._fields))
         gate_up_NFD = torch.cat([dense.gate_proj, dense.up_proj]).repeat(method.num_experts, 1, 1)
@@ -158,9 +158,9 @@ class SparseMoE(nn.Module):
         return y_SD.view_as(x_WTD)
 
     def take_routing(self) -> Routing:
-        """Return the last forward's routing, forgotten here so that its graph lives as long as the caller's loss.
+        """Return the last forward's routing and drop it here, so that its graph lives as long as the caller's loss.
 
-        Take it before the backward pass. Under gradient checkpointing it must be the non-reentrant kind.
+        Call it before the backward pass. Gradient checkpointing must be of the non-reentrant kind.
         """
         routing, self.routing = self.routing, None
         if routing is None:
@@ -169,7 +169,7 @@ class SparseMoE(nn.Module):
 
 
 def _empty_experts(mlp: Any, num_experts: int, implementation: str) -> nn.Module:
-    """Return transformers' stacked experts for an FFN like `mlp`, without memory for their parameters yet."""
+    """Return transformers' stacked experts for an FFN like `mlp`, their parameters not allocated yet."""
     width, ffn_width = mlp.down_proj.weight.shape
     config = SimpleNamespace(
         num_local_experts=num_experts,
@@ -196,11 +196,11 @@ def upcycle_model(
     on_layer: Callable[[nn.Module], None] | None = None,
     start: ExpertStart | None = None,
 ) -> PreTrainedModel:
-    """Replace every FFN of the dense `model`, in place and layer by layer, by a `SparseMoE`.
+    """Replace every FFN of the dense `model`, in place and layer by layer, with a `SparseMoE`.
 
-    Each dense FFN is freed as its copies are made, so memory peaks at the result plus one layer. `on_layer`
-    sees each new layer before the next one is made (ZeRO-3 spreads it over the workers). Experts are copies
-    of the dense FFN unless `start` makes them. The model's `config` stays the dense one:
+    Each dense FFN is freed as its copies are made, so memory peaks at the result plus one layer. `on_layer` is
+    called with each new layer before the next one is made (ZeRO-3 partitions it over the workers). Experts are
+    copies of the dense FFN unless `start` makes them. The model keeps its dense `config`:
     `raymoe.upcycle.checkpoint` writes the sparse one.
 
     Raises:
@@ -208,7 +208,7 @@ def upcycle_model(
             shape.
     """
     in_fp32 = layout_of(model.config, method).router_in_fp32
-    sparse_config(model.config, method)  # what could not be exported is refused before it is trained
+    sparse_config(model.config, method)  # refuse before training what could not be exported
     _check_shape(model.config, router_LND, method)
     layers = model.get_decoder().layers
     for number, (layer, router_ND) in enumerate(zip(layers, router_LND, strict=True)):
@@ -229,12 +229,12 @@ def _check_shape(config: Any, router_LND: Tensor, method: Experts) -> None:
 
 
 def sparse_layers(model: nn.Module) -> list[SparseMoE]:
-    """Return every sparse layer of `model`, first layer first; empty for a dense model."""
+    """Return the sparse layers of `model` in order; empty for a dense model."""
     return [module for module in model.modules() if isinstance(module, SparseMoE)]
 
 
 def load_balancing_loss(logits_LWTN: Tensor, mask_WT: Tensor, top_k: int) -> Tensor:
-    """Return N * sum_i f_i P_i (eq. 3 and 4 without alpha): a scalar, 1 when balanced, N when all tokens agree.
+    """Return N * sum_i f_i P_i (eq. 3 and 4 without alpha): a scalar, 1 when balanced, N when fully collapsed.
 
     P_i is the mean probability of expert i; f_i is the share of tokens whose argmax is i. With top_k > 1, f_i
     counts all k choices and is divided by k, so that the f_i add up to 1 and the balanced loss stays 1 (in
@@ -246,7 +246,7 @@ def load_balancing_loss(logits_LWTN: Tensor, mask_WT: Tensor, top_k: int) -> Ten
 
     Args:
         logits_LWTN: router logits, in any dtype; the softmax is taken in fp32.
-        mask_WT: true where there is a token, false on padding; a sequence of padding alone counts nothing.
+        mask_WT: true for tokens, false for padding; a sequence of padding only counts nothing.
         top_k: experts per token.
     """
     p_LWTN = logits_LWTN.softmax(-1, dtype=torch.float32)
@@ -261,7 +261,7 @@ def load_balancing_loss(logits_LWTN: Tensor, mask_WT: Tensor, top_k: int) -> Ten
 
 
 def tokens_per_expert(expert_ids_LWTK: Tensor, mask_WT: Tensor, num_experts: int) -> Tensor:
-    """Count the real tokens that visited each expert: integers [L, N], each row adding up to K * tokens."""
+    """Count the real tokens routed to each expert: integers [L, N], each row adding up to K * tokens."""
     ids_LS = expert_ids_LWTK.flatten(1)
     counted_LS = mask_WT.unsqueeze(-1).expand(expert_ids_LWTK.shape).flatten(1).long()
     return ids_LS.new_zeros(len(ids_LS), num_experts).scatter_add(1, ids_LS, counted_LS)

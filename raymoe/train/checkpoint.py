@@ -1,4 +1,4 @@
-"""What a checkpoint of an unfinished run holds besides model and optimizer, and who may go on from it."""
+"""Training state and layout stored in a checkpoint beside model and optimizer; the check before resuming."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LAYOUT = "layout.json"
 
 @dataclass
 class State:
-    """How far training has come."""
+    """Progress of a run."""
 
     step: int = 0
-    """Finished optimizer steps."""
+    """Optimizer steps done."""
     tokens: int = 0
     """Tokens trained on."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -28,7 +28,7 @@ class State:
 
 
 def layout(spec: WorkerSpec, zero_stage: int, workers: int) -> dict[str, Any]:
-    """How the checkpoints of a run are spread over files, and whose they are."""
+    """Return how a run's checkpoints are partitioned, and the identity of the run they belong to."""
     dense = (local(spec.dense) / "config.json").read_text()
     return {
         "zero_stage": zero_stage,
@@ -43,22 +43,22 @@ def write_layout(folder: Path, ours: Mapping[str, Any]) -> None:
 
 
 def read_layout(folder: Path, ours: Mapping[str, Any]) -> dict[str, Any]:
-    """The layout of the checkpoint in `folder`.
+    """Return the layout of the checkpoint in `folder`.
 
     Raises:
-        TrainingFailed: a run with the layout `ours` can't go on from it.
+        TrainingFailed: a run with the layout `ours` can't resume from it.
     """
     written: dict[str, Any] = json.loads((folder / LAYOUT).read_text())
     if written["run"] != ours["run"]:
-        raise TrainingFailed(f"the checkpoint {folder} is of another run or another model: remove it")
+        raise TrainingFailed(f"the checkpoint {folder} belongs to another run or another model: remove it")
     if _partitioned(written["zero_stage"]) != _partitioned(ours["zero_stage"]):
         raise TrainingFailed(
             f"its checkpoint was written with execution.zero_stage {written['zero_stage']}, this run has "
-            f"{ours['zero_stage']}: go on with {written['zero_stage']}"
+            f"{ours['zero_stage']}: resume with {written['zero_stage']}"
         )
     return written
 
 
 def _partitioned(zero_stage: int) -> str:
-    """What of a checkpoint DeepSpeed partitions: stages 1 and 2 write the same."""
+    """Return which part of a checkpoint DeepSpeed partitions; stages 1 and 2 write the same files."""
     return ("nothing", "optimizer", "optimizer", "parameters")[zero_stage]

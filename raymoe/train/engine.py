@@ -1,4 +1,4 @@
-"""DeepSpeed: the engine around a model, its optimizer, and its checkpoints. The only importer of deepspeed."""
+"""DeepSpeed: the engine around a model, its optimizer and its checkpoints. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __compatible_ops__["deepspeed_shm_comm"] = False
 
 TAG = "state"
 IN_PROCESS = 2**30
-"""Bytes of a checkpoint above which it is converted by processes of their own, which take seconds to start."""
+"""Checkpoint size in bytes above which conversion runs in separate processes, which take seconds to start."""
 
 
 def deepspeed_config(
     precision: str, optimization: Optimization, execution: Execution, micro_batch: int, accumulation: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run.
+    """Return DeepSpeed's configuration for a run.
 
-    bf16 below stage 2 takes other optimizers in DeepSpeed, which add up gradients in bf16, so that results depend
-    on the micro batch: it is run as stage 2, with gradients in float32.
+    With bf16 below stage 2 DeepSpeed uses other optimizers, which accumulate gradients in bf16, so that results
+    would depend on the micro batch size. Such runs use stage 2, with gradients in float32.
     """
     bfloat16 = precision == "bfloat16"
     zero: dict[str, Any] = {"stage": max(execution.zero_stage, 2 if bfloat16 else 0)}
@@ -61,7 +61,7 @@ def deepspeed_config(
 def start(
     model: nn.Module, config: Mapping[str, Any], optimization: Optimization
 ) -> deepspeed.DeepSpeedEngine:
-    """The engine for `model`; every worker calls it, inside an initialised process group."""
+    """Return the engine for `model`. Every worker calls this, inside an initialised process group."""
     if config["zero_optimization"]["stage"] == 3:
         deepspeed.utils.set_z3_leaf_modules(model, [SparseMoE], raise_if_not_found=False)
     optimizer = torch.optim.AdamW(
@@ -79,7 +79,7 @@ def start(
 
 
 def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Undo what DeepSpeed's bf16 does to buffers: rotary frequencies rounded to 8 bits misplace every token."""
+    """Restore the buffers that DeepSpeed cast to bf16: rotary frequencies of 8 bits misplace every token."""
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -87,25 +87,25 @@ def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 
 def partition(module: nn.Module, config: Mapping[str, Any]) -> None:
-    """Spread the parameters of `module` over the workers at once (ZeRO-3), before the next one is made."""
+    """Partition the parameters of `module` over the workers at once (ZeRO-3), before the next module is made."""
     deepspeed.zero.Init(module=module, config_dict_or_path=dict(config))
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, value: float) -> None:
-    """Learning rate of the next step."""
+    """Set the learning rate of the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
 
 
 def step(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
-    """Count a micro batch and, at the last of a step, update the parameters.
+    """Count a micro batch and, after the last one of a step, update the parameters.
 
     Returns:
-        The norm of the whole gradient before clipping, at the last micro batch of a step.
+        The global gradient norm before clipping after the last micro batch of a step, else None.
     """
     last = engine.is_gradient_accumulation_boundary()
     norm = None
-    if last and not engine.zero_optimization():  # without ZeRO, DeepSpeed clips but does not tell the norm
+    if last and not engine.zero_optimization():  # without ZeRO, DeepSpeed clips but keeps the norm to itself
         norm = torch.nn.utils.get_total_norm(
             [p.grad for p in engine.module.parameters() if p.grad is not None]
         )
@@ -116,7 +116,7 @@ def step(engine: deepspeed.DeepSpeedEngine) -> Tensor | None:
 
 
 def finite(module: nn.Module) -> bool:
-    """Whether all parameters of all workers are numbers; every worker calls it, all get the same answer."""
+    """True if all parameters of all workers are finite. Every worker calls this; all get the same answer."""
     own = [_own_share(p).detach() for p in module.parameters()]
     bad = torch.stack([(~torch.isfinite(p)).any() for p in own]).any().float()
     if torch.distributed.is_initialized():
@@ -125,7 +125,7 @@ def finite(module: nn.Module) -> bool:
 
 
 def _own_share(parameter: Any) -> Tensor:
-    """What this worker holds of a parameter; under ZeRO-3 without the padding behind it, which is any memory."""
+    """Return this worker's share of a parameter; under ZeRO-3 without its padding, which is uninitialised memory."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter  # type: ignore[no-any-return]
     share: Tensor = parameter.ds_tensor.flatten()
@@ -134,19 +134,19 @@ def _own_share(parameter: Any) -> Tensor:
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: Mapping[str, Any]) -> None:
-    """Write this worker's share of the checkpoint below `folder`; every worker calls it.
+    """Write this worker's share of the checkpoint below `folder`. Every worker calls this.
 
-    Frozen parameters are left out: they are the dense model's.
+    Frozen parameters are left out: they are in the dense model's folder.
     """
     client_state = {"raymoe": dict(state)}
     engine.save_checkpoint(str(folder), tag=TAG, client_state=client_state, exclude_frozen_parameters=True)
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, folder: Path, workers: int) -> dict[str, Any]:
-    """Load what `save` wrote, by `workers` workers, and return its state; every worker calls it.
+    """Load a checkpoint that `workers` workers saved and return its state. Every worker calls this.
 
-    Another number of workers reads DeepSpeed's universal format, which one worker per node converts it to. Without
-    ZeRO everything is in one file, which any number reads.
+    For another number of workers, one worker per node first converts it to DeepSpeed's universal format. Without
+    ZeRO everything is in one file, which any number of workers can read.
     """
     if workers == engine.world_size or not engine.zero_optimization():
         return _load(engine, folder)
@@ -162,16 +162,16 @@ def _load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> dict[str, Any]:
     frozen = any(not p.requires_grad for p in engine.module.parameters())
     path, client_state = engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=not frozen)
     if path is None:
-        raise RuntimeError(f"{folder}: no DeepSpeed checkpoint {TAG!r} in it")
+        raise RuntimeError(f"{folder}: no DeepSpeed checkpoint {TAG!r} here")
     return dict(client_state["raymoe"])
 
 
 @contextmanager
 def _universal(folder: Path) -> Iterator[Path]:
-    """A checkpoint in DeepSpeed's universal format, beside this node's copies: while it is made, 24 bytes per
-    trained parameter.
+    """Yield the checkpoint in DeepSpeed's universal format, in this node's scratch folder.
 
-    All workers of a node use the one that the first of them makes; it is removed after the last has left.
+    Converting takes up to 24 bytes of disk per trained parameter. The first worker of a node converts for all of
+    its workers; the copy is removed after the last of them has read it.
     """
     with ExitStack() as stack:
         mine = None
@@ -183,7 +183,7 @@ def _universal(folder: Path) -> Iterator[Path]:
 
 
 def _of_this_node(mine: str | None) -> str:
-    """What the first worker of this node gives; a barrier over all workers."""
+    """Return the path that the first worker of this node passes in; a barrier over all workers."""
     node = f"{socket.gethostname()}/{os.environ.get('NODE_RANK', '')}"
     given = [(node, mine)]
     if torch.distributed.is_initialized():
@@ -193,7 +193,7 @@ def _of_this_node(mine: str | None) -> str:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """DeepSpeed's own converter: in this process where it is done in a moment, else in several of their own."""
+    """Run DeepSpeed's own converter: in this process for small checkpoints, else in several processes."""
     if sum(file.stat().st_size for file in source.iterdir()) < IN_PROCESS:
         arguments = Namespace(
             input_folder=str(source),
@@ -212,11 +212,11 @@ def _convert(source: Path, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RuntimeError(f"{source}: not converted: {why}")
+        raise RuntimeError(f"{source}: can't be converted: {why}")
 
 
 def gathered_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of `module`, whole, one after the other; under ZeRO-3 gathered while it is used.
+    """Yield name and full value of every parameter of `module`; under ZeRO-3 each is gathered while it is used.
 
     All workers must iterate together.
     """

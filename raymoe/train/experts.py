@@ -1,4 +1,4 @@
-"""A sparse model's part of training: the load-balance loss and the routing metrics."""
+"""Training extension of sparse models: the load-balance loss and the routing metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOAD, ENTROPY = "routing/load", "routing/entropy"
 
 
 class SparseExperts(Extension):
-    """The load-balance loss with the method's alpha; tokens per expert and the router's entropy of every step."""
+    """Adds the load-balance loss with the method's alpha; logs tokens per expert and router entropy at every step."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -28,12 +28,12 @@ class SparseExperts(Extension):
         self.penalty_weights = {LOAD_BALANCE: method.load_balance_alpha}
 
     def sums(self, output: LossOutput, share: float, counts: float) -> dict[str, Tensor]:
-        """Entropy as a mean over layers and tokens; tokens per expert [L, N]."""
+        """Return the router entropy, a mean over layers and tokens, and the tokens per expert [L, N]."""
         load, entropy = output.statistics["load"], output.statistics["entropy"]
         return {ENTROPY: entropy.mean() * share, LOAD: counts * load.float()}
 
     def named(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Tokens per expert as shares, mean over layers."""
+        """Return the sums by name, tokens per expert as shares averaged over layers."""
         named = super().named({name: value for name, value in sums.items() if name != LOAD})
         load_LN = sums[LOAD] / sums[LOAD].sum(-1, keepdim=True)
         named |= {f"{LOAD}/{i}": float(share) for i, share in enumerate(load_LN.mean(0))}
@@ -41,5 +41,5 @@ class SparseExperts(Extension):
         return named
 
     def write(self, out: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
-        """Write the stock sparse model that computes the same function."""
+        """Write the model as the stock sparse class that computes the same function."""
         write_model(out / "model", local(self.setting.spec.dense), self.method, tensors, dtype)

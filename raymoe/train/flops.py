@@ -1,4 +1,4 @@
-"""Model FLOPs of a training token, and what a device can do: what model-FLOPs utilisation is made of."""
+"""Model-FLOPs utilisation: training FLOPs per token, and the peak FLOP/s of a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-PEAK_BFLOAT16 = {  # dense TFLOP/s as the vendor states them
+PEAK_BFLOAT16 = {  # dense TFLOP/s as stated by the vendor
     "H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121,
     "A10G": 70, "A10": 125, "RTX 4090": 165, "V100": 125,
 }  # fmt: skip
@@ -23,14 +23,14 @@ PEAK_FLOAT32 = {
     "L40": 90,
     "L4": 60,
 }
-"""TF32 tensor cores, which float32 matrix products use at precision `high`."""
+"""TF32 tensor cores, which float32 matrix products use at torch's matmul precision `high`."""
 
 
 def training_flops_per_token(model: PreTrainedModel, length: int, top_k: int) -> float:
-    """FLOPs of forward and backward for one token of a sequence of `length` tokens.
+    """Return the FLOPs of forward and backward for one token of a sequence of `length` tokens.
 
-    6 per parameter that a token meets (embedding look-up excluded, `top_k` experts), and 12 L D T / 2 for causal
-    attention (PaLM, appendix B). Packing makes documents shorter than `length`: an upper bound for attention.
+    6 per active parameter (`top_k` experts, no embedding look-up), and 12 L D T / 2 for causal
+    attention (PaLM, appendix B). An upper bound for attention, because packed examples are shorter than `length`.
     """
     config = model.config
     attention: float = 6 * config.num_hidden_layers * length * _attention_width(config)
@@ -38,7 +38,7 @@ def training_flops_per_token(model: PreTrainedModel, length: int, top_k: int) ->
 
 
 def active_parameters(model: PreTrainedModel, top_k: int) -> int:
-    """Parameters that one token is multiplied with: attention, head, router and `top_k` experts."""
+    """Count the parameters that a token is multiplied with: attention, head, router and `top_k` experts."""
     embedding = model.get_input_embeddings()
     tied = model.get_output_embeddings() is not None and (
         model.get_output_embeddings().weight is embedding.weight
@@ -53,7 +53,7 @@ def active_parameters(model: PreTrainedModel, top_k: int) -> int:
 
 
 def stored_and_active(model: PreTrainedModel, top_k: int) -> tuple[int, int]:
-    """Parameters of `model`, and those that one token meets, its embedding look-up included."""
+    """Count the parameters of `model`, and those active per token, the embedding look-up included."""
     embeddings = model.get_input_embeddings().weight
     tied = embeddings is model.get_output_embeddings().weight
     active = active_parameters(model, top_k) + (0 if tied else num_parameters(embeddings))
@@ -66,7 +66,7 @@ def _experts(model: nn.Module, name: str) -> int:
 
 
 def num_parameters(parameter: Tensor) -> int:
-    """Size of a parameter, of a partitioned one (ZeRO-3) the whole."""
+    """Return the size of a parameter; for a partitioned one (ZeRO-3) that of the whole."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
@@ -77,7 +77,7 @@ def _attention_width(config: object) -> int:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that `device` can do: the vendor's figure for a known GPU, else a measured matrix product."""
+    """Return the peak FLOP/s of `device`: the vendor's figure for a known GPU, else as measured."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     if device.type == "cuda":
         table = PEAK_BFLOAT16 if dtype is torch.bfloat16 else PEAK_FLOAT32
@@ -90,7 +90,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 @cache
 def _measured(device: str, dtype: torch.dtype, size: int = 1024, rounds: int = 8) -> float:
-    """Best FLOP/s of a [size, size] matrix product over some rounds."""
+    """Return the best FLOP/s of a [size, size] matrix product over several rounds."""
     x = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(rounds):

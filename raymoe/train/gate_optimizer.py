@@ -1,8 +1,8 @@
-"""The optimizer of SIMoE's gates: descent whose steps keep the gradient's proportions within a layer.
+"""The optimizer of SIMoE's gates: its steps keep the gradient's proportions within a layer.
 
-Adam gives every gate a second moment of its own, so all move at the same pace whatever they gain, sink together
-and end barely open. Plain SGD, which keeps the proportions, needs a learning rate of its own for every model size.
-Here every layer has one second moment, as in Adam-mini (Zhang et al. 2024, arXiv 2406.16793).
+Adam normalises every gate by its own second moment, so all gates move at the same pace however useful they are,
+sink together and end barely open. Plain SGD keeps the proportions, but needs a new learning rate for every model
+size. Here each layer has one second moment, as in Adam-mini (Zhang et al. 2024, arXiv 2406.16793).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.5
-"""Little: momentum would carry gates past the sparsity that is asked for."""
+"""Low, because momentum would carry gates past the sparsity target."""
 SQUARES_DECAY = 0.9
 LARGEST_STEP = 5.0
-"""In learning rates: a gate with an outlying gradient does not jump across its range."""
+"""In learning rates; keeps a gate with an outlying gradient from jumping across its range."""
 
 
 class GateDescent(torch.optim.Optimizer):
-    """Descent on one [M, G] matrix, its columns grouped into layers of `widths`."""
+    """Gradient descent on one [M, G] matrix whose columns are grouped into layers of `widths`."""
 
     def __init__(self, log_alpha: nn.Parameter, widths: Sequence[int], lr: float) -> None:
         super().__init__([log_alpha], {"lr": lr})
@@ -31,7 +31,7 @@ class GateDescent(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """m <- .5 m + .5 g; v_l <- .9 v_l + .1 mean of g^2 over layer l; log_alpha <- log_alpha - lr m / sqrt(v_l).
 
-        The first step starts m at g and v at g^2.
+        The first step initialises m to g and v to the mean of g^2.
         """
         (group,) = self.param_groups
         (log_alpha,) = group["params"]
@@ -53,8 +53,8 @@ class GateDescent(torch.optim.Optimizer):
         log_alpha.sub_(group["lr"] * step)
 
     def _mean_squares(self, gradient_MG: Tensor) -> Tensor:
-        """Of every layer over all experts [layers]."""
+        """Return the mean squared gradient of each layer over all experts [layers]."""
         mean_G = gradient_MG.square().mean(0)
         return torch.segment_reduce(
             mean_G, "mean", lengths=self.widths, unsafe=True
-        )  # else it waits for the GPU
+        )  # the checks would wait for the GPU

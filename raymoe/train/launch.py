@@ -1,4 +1,4 @@
-"""Ray Train around the worker's loop: workers, failures, checkpoints."""
+"""Run the training loop under Ray Train: workers, failures, checkpoints."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ KEPT_SNAPSHOT = "checkpoints.kept.json"
 
 
 def fit(spec: WorkerSpec, name: str, storage: Location, lease: str | None = None) -> dict[str, Any]:
-    """Train with Ray Train and return the stage's info; goes on from the last checkpoint under `name`.
+    """Train with Ray Train and return the stage's info; resumes from the last checkpoint under `name`.
 
-    `lease`: id of the lease on `storage / name` under which no one else trains there.
+    `lease`: id of the lease on `storage / name`, which keeps others from training there.
 
     Raises:
-        TrainingFailed: training can't go on (a loss that is not a number).
+        TrainingFailed: retrying would not help (the loss is not a number).
         ray.train.TrainingFailedError: workers failed more than `execution.max_failures` times.
     """
-    first = read_rows(metric_log(storage, name))[:1]  # of an earlier attempt, whose time counts too
+    first = read_rows(metric_log(storage, name))[:1]  # of the first attempt: its time counts too
     started = first[0]["time"] / 1000 if first else time.time()
     stop_flag(storage, name).unlink(missing_ok=True)
     mend_snapshot(storage / name)
@@ -89,7 +89,7 @@ def fit(spec: WorkerSpec, name: str, storage: Location, lease: str | None = None
 
 
 def _draw_masks(spec: WorkerSpec) -> None:
-    """Figures of a SIMoE run, of what its worker wrote."""
+    """Draw the figures of a SIMoE run from the files its worker wrote."""
     if not (spec.out / "masks.json").is_file():
         return
     from raymoe.analysis.figures import draw
@@ -98,18 +98,18 @@ def _draw_masks(spec: WorkerSpec) -> None:
     try:
         with writing(spec.out / "figures") as folder:
             draw(description, read_rows(spec.out / "metrics.jsonl"), description["sizes"], folder)
-    except Exception as error:  # what was trained is worth more than its pictures
+    except Exception as error:  # a trained model must not be lost to a failed figure
         print(f"figures of {spec.out.name}: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _info(spec: WorkerSpec, gpu: bool, started: float) -> dict[str, Any]:
-    """What the stage records: evaluations, and what they cost: seconds from the first start to the end, GPU hours of
-    workers that trained."""
+    """Return the stage's info: steps, evaluations, and their cost: seconds from the first start to the end, and GPU
+    hours of workers while they trained."""
     evaluations = json.loads((spec.out / "evaluations.json").read_text())
     rows = [r for r in read_rows(spec.out / "metrics.jsonl") if "system/workers" in r["metrics"]]
     times = [started, *(row["time"] / 1000 for row in rows)]
     workers = [row["metrics"]["system/workers"] for row in rows]
-    # of the time since the row before only what the attempt has trained: in pauses between attempts no one did
+    # count at most the time since the attempt began: nobody trains in the pauses between attempts
     trained = [
         min(end - start, row["metrics"]["system/seconds"])
         for start, end, row in zip(times, times[1:], rows, strict=False)
@@ -129,10 +129,10 @@ def _info(spec: WorkerSpec, gpu: bool, started: float) -> dict[str, Any]:
 
 @contextmanager
 def _told_to_tune(log: Location) -> Iterator[None]:
-    """Inside a Tune trial, pass evaluations on to Tune as they appear in the run's metric log.
+    """Inside a Tune trial, report evaluations to Tune as they appear in the run's metric log.
 
-    Ray's own TuneReportCallback is not used: where its last report meets the end of the trial, Tune's session puts
-    both into a queue for one, which nobody but itself empties, and waits for ever (Ray 2.60).
+    Ray's own TuneReportCallback can deadlock (Ray 2.60): if its last report coincides with the end of the trial,
+    Tune's session puts both into a queue with room for one, which only the session itself empties.
     """
     if not in_tune_trial():
         yield
@@ -152,7 +152,7 @@ def _tell_tune(log: Location, ending: threading.Event) -> None:
     last = False
     while not last:
         last = ending.wait(10.0 if isinstance(log, Remote) else 1.0)
-        with suppress(OSError):  # a storage that fails for a moment: the next look may
+        with suppress(OSError):  # a storage that fails for a moment: the next try may succeed
             for line in (read_file(log) or b"").splitlines(keepends=True):
                 if b'"eval/loss"' in line and line.endswith(b"\n"):
                     row = json.loads(line)
@@ -162,13 +162,13 @@ def _tell_tune(log: Location, ending: threading.Event) -> None:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What every worker runs. A failure that would come again is written down: no retries."""
+    """Run training in one worker. A failure that would recur is written to a file, which prevents retries."""
     spec: WorkerSpec = config["spec"]
     if (spec.out / FAILURE_FILE).is_file():
         return
     import torch
 
-    from raymoe.train.worker import train  # only here: drivers and controllers start without it
+    from raymoe.train.worker import train  # here, so that drivers and controllers need not import it
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -181,13 +181,13 @@ def _worker(config: dict[str, Any]) -> None:
     except TrainingFailed as failure:
         if session.rank == 0:
             (spec.out / FAILURE_FILE).write_text(str(failure))
-    except InputError as failure:  # of one worker alone: the others may be waiting for it, so all must end
+    except InputError as failure:  # in one worker alone: others may wait for it, so all must end
         (spec.out / FAILURE_FILE).write_text(str(failure))
         raise
 
 
 class RaySession:
-    """A worker's surroundings under Ray Train."""
+    """A worker's `Session` under Ray Train."""
 
     def __init__(self, metrics: Location, lease: str | None = None) -> None:
         context = ray.train.get_context()
@@ -199,36 +199,36 @@ class RaySession:
         self._downloaded = ExitStack()
 
     def checkpoint(self) -> Path | None:
-        """Folder of the last reported checkpoint, until `resumed` is called: in the storage, or a node's copy."""
+        """Return the last reported checkpoint's folder, in the storage or this node's copy; valid until `resumed`."""
         checkpoint = ray.train.get_checkpoint()
         return Path(self._downloaded.enter_context(checkpoint.as_directory())) if checkpoint else None
 
     def resumed(self, step: int) -> None:
-        """Training goes on after `step`: what was logged beyond is written again."""
+        """Note that training resumes after `step`: rows logged beyond it are written anew."""
         self._resumed_at = step
         self._downloaded.close()
 
     def stop_requested(self) -> bool:
-        """Whether the sweep's scheduler has given the run up."""
+        """True if the sweep's scheduler has stopped the run."""
         return (self._metrics_file.parent / "stop").exists()
 
     def leaving(self) -> bool:
-        """Whether the cloud has announced that it takes a node of the run away; a barrier over the workers."""
+        """True if the cloud has announced that it will take away a node of the run; a barrier over the workers."""
         return ray.train.get_preemption_info() is not None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append to the run's metric log (worker 0)."""
+        """Append to the run's metric log (first worker only)."""
         if self._metrics is None:
             self._metrics = MetricLog(self._metrics_file, self._resumed_at)
         self._metrics.append(step, metrics)
 
     def flush(self) -> None:
-        """Have the whole metric log in the storage."""
+        """Flush the metric log to the storage."""
         if self._metrics:
             self._metrics.flush()
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
-        """Report to Ray Train, with a checkpoint that every worker writes its share of."""
+        """Report to Ray Train, with a checkpoint of which every worker writes its share."""
         self._check_lease()
         self.flush()
         if save is None:
@@ -240,7 +240,7 @@ class RaySession:
 
     @contextmanager
     def _saving(self) -> Iterator[Path]:
-        """A temporary folder, on the storage's own disk if it has one."""
+        """Yield a temporary folder, inside the run's folder if the storage is a file system."""
         with ExitStack() as stack:
             if isinstance(run := self._metrics_file.parent, Remote):
                 yield stack.enter_context(scratch())
@@ -251,26 +251,26 @@ class RaySession:
 
     def _check_lease(self) -> None:
         if self._lease and self.rank == 0 and not is_held_by(self._metrics_file.parent, self._lease):
-            raise InputError("another process has taken this run over, after a minute without a sign of life")
+            raise InputError("another process has taken over this run, after a minute without a sign of life")
 
 
 def _remove_unreported(run: Location) -> None:
-    """Remove the checkpoints that workers were killed while they wrote."""
+    """Remove checkpoints whose workers were killed while writing them."""
     for folder in run.glob(".saving-*") if isinstance(run, Path) else ():
         delete(folder)
 
 
 def keep_snapshot(run: Path) -> None:
-    """Keep a copy of Ray Train's list of checkpoints in `run`, which Ray writes in place: on a full disk, a half."""
+    """Copy Ray Train's list of checkpoints in `run`: Ray overwrites it in place, and truncates it on a full disk."""
     content = read_file(run / checkpoint_list_name())
     if content is not None and _is_json(content):
         replace_file(run / KEPT_SNAPSHOT, content)
 
 
 def mend_snapshot(run: Location) -> None:
-    """Where Ray Train's list of checkpoints in `run` is a half, go back to the copy: its checkpoints are there still.
+    """Replace a truncated list of Ray Train's checkpoints in `run` by its copy.
 
-    Ray removes an older checkpoint only after it has written the list that has the newer one.
+    The copy's checkpoints still exist: Ray removes an older one only after writing the list with the newer one.
     """
     content = read_file(run / checkpoint_list_name())
     if isinstance(run, Path) and content is not None and not _is_json(content):

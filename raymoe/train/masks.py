@@ -1,8 +1,8 @@
-"""SIMoE's part of training: gates, prompt router and sparsity constraint, beside the engine.
+"""Training extension of SIMoE: gates, prompt router and sparsity constraint, beside the engine.
 
-They are small, replicated on all workers and kept in fp32 whatever the model's precision, so they have
-optimizers of their own instead of DeepSpeed's: a step samples the gates once, all micro batches share that sample,
-and its gradient is summed over the workers once. What a step does is decided by (seed, step) alone.
+Gates and router are small, replicated on all workers and kept in fp32 whatever the model's precision, so they have
+optimizers of their own instead of DeepSpeed's. A step samples the gates once; all micro batches share that sample,
+and its gradient is summed over the workers once. The sample depends on (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from raymoe.upcycle.simoe import Masks, write_simoe
 
 STATE = "masks.safetensors"
 ROUTER_TRAVEL = 8.0
-"""Steps times width times the router's default learning rate: what its logits move by if all gradients agree."""
+"""Steps * width * the router's default learning rate: how far its logits move if all gradients agree."""
 DELTA_RATE = 8.0
-"""The delta's default learning rate, in learning rates of the dense model."""
+"""The delta's default learning rate, as a multiple of `optimization.learning_rate`."""
 PROMPTS_PER_DOMAIN = 10_000
-"""Training prompts that a domain's mean expert weights are taken over."""
+"""Largest number of training prompts over which a domain's expert weights are averaged."""
 MASK_TRAVEL = 22.0
-"""Steps times the gates' default learning rate: it takes them across their range well before the end."""
+"""Steps * the gates' default learning rate: enough to cross their range well before the end."""
 
 
 class MaskTrainer(Extension):
-    """Gates and router of one run, their optimizers and the constraint's multiplier."""
+    """Trains the gates and the router of one run, with the constraint's multiplier."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -87,13 +87,13 @@ class MaskTrainer(Extension):
         self.sample = self.gates.log_alpha.detach()
         self.live: list[Tensor | None] = []
         self.trained: tuple[Tensor, list[Tensor | None]] | None = None
-        """Gates without noise and their live columns, from an evaluation until the next step."""
+        """Gates without noise and their live columns; set from an evaluation until the next step."""
         self.saturated_start = float(_saturated(self.gates.evaluated()))
         self.saturated_early = 0.0
-        """By how much the share of gates at 0 or 1 grew in the first steps, as far as metrics were read."""
+        """Growth of the share of gates at 0 or 1 in the first steps, as far as metrics were read."""
 
     def learning_rate(self, rate: float, schedule: float) -> float:
-        """The delta's."""
+        """Return the delta's learning rate."""
         return schedule * self.delta_rate
 
     def begin(self, step: int) -> None:
@@ -106,50 +106,50 @@ class MaskTrainer(Extension):
         self.sample.requires_grad_()
 
     def _noise(self, step: int) -> Tensor:
-        """Uniform [M, G] in (0, 1), decided by (seed, step)."""
+        """Return uniform noise [M, G] in (0, 1), determined by (seed, step)."""
         number = int(np.random.default_rng([self.seed, step]).integers(2**62))
         generator = torch.Generator(self.device).manual_seed(number)
         noise = torch.rand(self.gates.log_alpha.shape, generator=generator, device=self.device)
         return noise.clamp_(1e-6, 1 - 1e-6)
 
     def apply(self, batch: Batch) -> None:
-        """Let the model apply the coefficients of the batch's prompts, until the next call."""
+        """Set the coefficients of the batch's prompts in the model, until the next call."""
         c_SG = self.router(self._rows(self.prompts, batch.examples)) @ self.sample
         self.interpolated.set(c_SG, batch.documents, batch.input_ids.numel(), self.live, self.form)
 
     @contextmanager
-    def held_out(self, records: Sequence[int], batch: Batch | None) -> Iterator[None]:
-        """Within the block the model is that of held-out `records`: of a batch's documents, else a row each."""
+    def held_out(self, examples: Sequence[int], batch: Batch | None) -> Iterator[None]:
+        """Within the block, set the coefficients of held-out `examples`: packed in `batch`, else one per row."""
         with torch.no_grad():
             if self.trained is None:
                 gates = self.gates.evaluated()
                 self.trained = gates, live_columns(gates, self.interpolated.layout)
-            c_SG = self.router(self._rows(self.held_out_prompts, records)) @ self.trained[0]
+            c_SG = self.router(self._rows(self.held_out_prompts, examples)) @ self.trained[0]
         where = (batch.documents, batch.input_ids.numel()) if batch else ()
         options = {"live": self.trained[1], "form": self.form if batch else None}
         with self.interpolated.applied(c_SG, *where, **options):
             yield
 
-    def _rows(self, prompts: NDArray[np.float32], records: Sequence[int]) -> Tensor:
-        rows = torch.from_numpy(prompts[list(records)])
+    def _rows(self, prompts: NDArray[np.float32], examples: Sequence[int]) -> Tensor:
+        rows = torch.from_numpy(prompts[list(examples)])
         return rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
 
     def target(self, step: int) -> float:
-        """The sparsity that is asked for after `step` (0-based)."""
+        """Return the sparsity target after `step` (0-based)."""
         warmup = self.method.sparsity_warmup * self.total_steps
         return self.method.sparsity_target * min(1.0, (step + 1) / max(1.0, warmup))
 
     def known(self, step: int) -> dict[str, float]:
-        """The sparsity asked for."""
+        """Return the sparsity target."""
         return {"masks/target": self.target(step)}
 
     def end(self, step: int, schedule: float) -> dict[str, Tensor]:
-        """Update gates, router and multiplier; gates take the schedule's root: they settle after the weights.
+        """Update gates, router and multiplier. Gates take the schedule's root, so that they settle after the weights.
 
-        The loss of all micro batches of all workers has left its gradient in the sample and the router. Added
-        here, once: orthogonality of the sampled masks, and the constraint as an augmented Lagrangian,
-        unit * (multiplier + penalty * missing) * (target - expected sparsity). What is missing is measured on
-        the gates without noise: with it a union of experts is never as sparse as it will be.
+        The micro batches of all workers have left their loss's gradient in the sample and the router. Added here,
+        once: the orthogonality of the sampled masks, and the constraint as an augmented Lagrangian,
+        unit * (multiplier + penalty * missing) * (target - expected sparsity). The missing sparsity is measured on
+        the gates without noise: with noise a union of experts is never as sparse as it will be.
 
         Returns:
             Metrics, each divided by the number of workers, over which they are summed.
@@ -170,7 +170,7 @@ class MaskTrainer(Extension):
         return self._after(step)
 
     def _learnt_gradient(self, step: int) -> Tensor:
-        """Of log_alpha [M, G], from the workers' losses and the orthogonality of the sampled masks."""
+        """Return the gradient of log_alpha [M, G] from the workers' losses and the sampled masks' orthogonality."""
         gradient = self._summed_gradients()
         sample = self.gates.sampled(self._noise(step))
         common = self.method.orthogonality * orthogonality(sample)
@@ -179,12 +179,12 @@ class MaskTrainer(Extension):
         return learnt_MG
 
     def _measure_unit(self, learnt_MG: Tensor, sparser_MG: Tensor) -> None:
-        """How many nats a multiplier of 1 is: as strong, in the mean square, as what the gates learn."""
+        """Update the unit, in nats: a multiplier of 1 pulls as strongly, in mean square, as what the gates learn."""
         now = learnt_MG.square().mean().sqrt() / sparser_MG.square().mean().sqrt()
         self.unit = torch.where(self.unit == 0, now, torch.lerp(self.unit, now, 0.1))
 
     def _summed_gradients(self) -> Tensor:
-        """The sample's gradient, summed over the workers like the router's, in one message."""
+        """Return the sample's gradient, summed over the workers like the router's, in one all-reduce."""
         gradients = [
             p.grad if p.grad is not None else torch.zeros_like(p)
             for p in [self.sample, *self.router.parameters()]
@@ -200,7 +200,7 @@ class MaskTrainer(Extension):
 
     @torch.no_grad()
     def _reached(self, gates: Tensor) -> Tensor:
-        """The sparsity of the trained model with these `gates`, [1] or [M]."""
+        """Return the sparsity of the trained model with these `gates`, [1] or [M]."""
         return sparsity(gates, self.owned_G, self.method.sparsity_scope)
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ class MaskTrainer(Extension):
         return {name: value / self.world_size for name, value in metrics.items()}
 
     def measure(self) -> dict[str, float]:
-        """What a milestone tells of the masks, and the model's size without dead columns."""
+        """Return a milestone's metrics of the masks, and the model's size without dead columns."""
         description = describe_gates(
             self.gates.evaluated(), self.interpolated.layout, self.method.sparsity_scope
         )
@@ -243,26 +243,26 @@ class MaskTrainer(Extension):
         return sizes(config, self.method, **live, precision=self.setting.run.precision)
 
     def read(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note what the metrics of a finished `step`, on the host now, say of the first steps."""
+        """Track how far the gates saturate in the first steps, from the metrics of a finished `step`."""
         if step <= max(3, FIRST_STEPS * self.total_steps):
             growth = metrics["masks/saturated"] - self.saturated_start
             self.saturated_early = max(self.saturated_early, growth)
 
     def finite(self) -> bool:
-        """Whether gates and router are numbers on all workers; all get the same answer."""
+        """True if gates and router are finite on all workers; all get the same answer."""
         own = [torch.isfinite(p).all() for p in [self.gates.log_alpha, *self.router.parameters()]]
         return not bool(summed((~torch.stack(own)).any().float()))
 
     # ---- checkpoints
 
     def _states(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
-        """(name, parameter, its optimizer's state) of gates and router."""
+        """Yield (name, parameter, its optimizer state) for gates and router."""
         yield "log_alpha", self.gates.log_alpha, self.gate_optimizer.state[self.gates.log_alpha]
         for name, parameter in self.router.named_parameters():
             yield f"router.{name}", parameter, self.router_optimizer.state[parameter]
 
     def save(self, folder: Path) -> None:
-        """Write gates, router, their optimizers' state and the multiplier to `folder`."""
+        """Write gates, router, their optimizer states and the multiplier to `folder`."""
         tensors = {
             "multiplier": self.multiplier,
             "unit": self.unit,
@@ -274,7 +274,7 @@ class MaskTrainer(Extension):
         save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / STATE)
 
     def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote, exactly."""
+        """Restore what `save` wrote, exactly."""
         tensors = load_file(folder / STATE)
         self.multiplier, self.unit = (tensors[name].to(self.device) for name in ("multiplier", "unit"))
         self.saturated_early = float(tensors["saturated_early"])
@@ -294,7 +294,7 @@ class MaskTrainer(Extension):
 
     @torch.no_grad()
     def finished(self) -> tuple[Masks, dict[str, Any]]:
-        """Masks, router and every domain's mean weights, as they are written with the model; their description."""
+        """Return masks, router and domains' mean expert weights, as written with the model; and their description."""
         encoded, held_out = self.setting.train, self.setting.held_out
         gates = self.gates.evaluated().cpu()
         router = {name: p.detach().cpu() for name, p in self.router.state_dict().items()}
@@ -314,7 +314,7 @@ class MaskTrainer(Extension):
         return Masks(self.method, gates, router, domains, self.setting.run.data.chat_template), description
 
     def _weights(self, prompts: NDArray[np.float32]) -> Tensor:
-        """Expert weights a [n, M] of all prompts."""
+        """Return the expert weights a [n, M] of all prompts."""
         some = [
             self.router(torch.from_numpy(np.array(prompts[i : i + 4096])).to(self.device))
             for i in range(0, len(prompts), 4096)
@@ -323,7 +323,7 @@ class MaskTrainer(Extension):
 
 
 def _some(domains: Sequence[str], limit: int) -> NDArray[np.int64]:
-    """Indices, rising, of at most `limit` examples of each domain, spread over all of it."""
+    """Return the sorted indices of at most `limit` examples per domain, evenly spread over the domain."""
     labels = np.asarray(domains)
     members = [np.flatnonzero(labels == domain) for domain in np.unique(labels)]
     return np.sort(
@@ -332,5 +332,5 @@ def _some(domains: Sequence[str], limit: int) -> NDArray[np.int64]:
 
 
 def _saturated(gates_MG: Tensor) -> Tensor:
-    """Share of gates at 0 or 1."""
+    """Return the share of gates at 0 or 1."""
     return ((gates_MG == 0) | (gates_MG == 1)).float().mean()

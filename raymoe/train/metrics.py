@@ -1,6 +1,6 @@
-"""The metrics of training steps: summed over workers and read from the device together, at the cost of one wait.
+"""Metrics of training steps: those of several steps are reduced over workers and read from the device at once.
 
-What the first worker's clock decides for all (a checkpoint is due, say) travels with them.
+The same reduction carries what the first worker's clock decides for all, such as that a checkpoint is due.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from raymoe.train.session import Session
 from raymoe.train.spec import TrainingFailed
 
 LONGEST_WAIT = 5.0
-"""Seconds between two reductions at most: a cloud announces 30 to 120 s before that it takes a node away."""
+"""Longest time between reductions, in seconds: clouds announce the loss of a node only 30 to 120 s ahead."""
 
 Sums = dict[str, Tensor]
 
 
 class StepMetrics:
-    """Metrics of the steps since the last reduction."""
+    """Collects the metrics of steps, reduces them together and logs them."""
 
     def __init__(
         self,
@@ -37,17 +37,17 @@ class StepMetrics:
         flops_per_token: float,
         due: Callable[[], Mapping[str, bool]],
     ) -> None:
-        """`every`: steps between reductions. `due`: asked at each; of the first worker's answer all get `decided`."""
+        """`every`: steps between reductions. `due`: called at each; all get the first worker's `decided`."""
         self._session, self._extension, self._every, self._due = session, extension, every, due
         self._utilisation = flops_per_token, flops_per_second
         self._pending: list[tuple[dict[str, float], Sums]] = []
         self._wait, self._seconds_per_step = 1, 1.0
         self._clock = self._began = time.perf_counter()
         self.decided: dict[str, bool] = {}
-        """What was due at the last reduction; whoever acts on it takes it away."""
+        """Answers of the last reduction by name; whoever acts on one removes it."""
 
     def add(self, known: dict[str, float], sums: Sums) -> None:
-        """Take the metrics of a step: what the host knows, and what is on the device to be summed over workers."""
+        """Add the metrics of a step: those the host knows, and those on the device, to be summed over workers."""
         self._pending.append((known, sums))
         if len(self._pending) >= self._wait:
             self.flush()
@@ -56,7 +56,7 @@ class StepMetrics:
         """Reduce the pending metrics over the workers, read them (one synchronisation) and log them.
 
         Raises:
-            TrainingFailed: a loss that is not a number.
+            TrainingFailed: the loss is not a number.
         """
         if not self._pending:
             return
@@ -70,7 +70,7 @@ class StepMetrics:
             self._log(known, sums, now)
 
     def restart_clock(self) -> None:
-        """Leave the time since the last reduction out of the throughput: it went into something else."""
+        """Exclude the time since the last reduction from the throughput, as it was not spent on steps."""
         self._clock = time.perf_counter()
 
     def _log(self, known: dict[str, float], sums: Sums, now: float) -> None:
@@ -92,7 +92,7 @@ class StepMetrics:
             raise TrainingFailed(f"the loss is {metrics['train/loss']} at step {step}")
 
     def _answers(self) -> Sums:
-        """The first worker's answers, and how many steps until the next reduction; zeros on the others."""
+        """Return the steps until the next reduction and what is due on the first worker, zeros on the others."""
         first, device = self._session.rank == 0, self._session.device
         wait = min(self._every, max(1, int(LONGEST_WAIT / self._seconds_per_step)))
         answers = {"wait": wait, **self._due()}
@@ -106,14 +106,14 @@ def add_up(total: Sums, more: Mapping[str, Tensor]) -> None:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most bytes so far: allocated on a GPU, resident of this process on a CPU."""
+    """Return the peak memory so far, in bytes: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _reduced(steps: Sequence[Mapping[str, Tensor]]) -> list[Sums]:
-    """Sum every metric of every step over the workers with one all-reduce, and copy it to the host once."""
+    """Sum every metric of every step over the workers in one all-reduce, and copy all to the host at once."""
     flat = summed(torch.cat([v.float().flatten() for metrics in steps for v in metrics.values()]))
     parts = iter(torch.split(flat.cpu(), [v.numel() for metrics in steps for v in metrics.values()]))
     return [{name: next(parts).view(value.shape) for name, value in metrics.items()} for metrics in steps]

@@ -1,6 +1,6 @@
-"""What every optimizer step trains on and with what learning rate: pure functions of the step.
+"""The data and learning rate of every optimizer step, as pure functions of the step.
 
-So a resumed run goes on with the very next sequence, at any number of workers.
+So a resumed run continues with exactly the next sequence, on any number of workers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PackedSequence = np.ndarray  # indices of the examples packed into one sequence
 
 
 class Order:
-    """The packed sequences of all steps of a run, `optimization.batch_size` of them a step."""
+    """The packed sequences of all steps of a run, `optimization.batch_size` per step."""
 
     def __init__(self, encoded: Encoded, max_length: int, optimization: Optimization, seed: int) -> None:
         self.batch_size = optimization.batch_size
@@ -27,7 +27,7 @@ class Order:
         self.total_steps = min(steps, optimization.max_steps or steps)
 
     def sequences(self, step: int) -> Sequence[PackedSequence]:
-        """The sequences of `step`, in an order that does not depend on the number of workers."""
+        """Return the sequences of `step`, in an order independent of the number of workers."""
         start = step * self.batch_size
         return [self._sequences[i % len(self._sequences)] for i in range(start, start + self.batch_size)]
 
@@ -35,7 +35,7 @@ class Order:
 def _all_sequences(
     encoded: Encoded, max_length: int, optimization: Optimization, seed: int
 ) -> list[PackedSequence]:
-    """Sequences of all epochs one after the other; of a last, partial epoch its share."""
+    """Return the sequences of all epochs in order; of a last, partial epoch only its share."""
     sequences: list[PackedSequence] = []
     remaining = optimization.num_epochs
     enough = (optimization.max_steps or 10**12) * optimization.batch_size
@@ -49,7 +49,7 @@ def _all_sequences(
 
 
 def learning_rate(step: int, total_steps: int, optimization: Optimization) -> float:
-    """Learning rate of `step` (0-based): linear warm-up, then the schedule down to zero at the end."""
+    """Return the learning rate of `step` (0-based): linear warm-up, then the schedule."""
     peak, warmup = optimization.learning_rate, round(optimization.warmup_fraction * total_steps)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -62,14 +62,14 @@ def learning_rate(step: int, total_steps: int, optimization: Optimization) -> fl
 
 
 def milestone_steps(milestones: Sequence[float], total_steps: int) -> list[int]:
-    """Numbers of finished steps at which each share of training is reached, rising, without repeats."""
+    """Return the numbers of finished steps at which the shares of training are reached, sorted and distinct."""
     return sorted({round(share * total_steps) for share in milestones})
 
 
 def micro_batches(batch_size: int, workers: int, micro_batch: int) -> tuple[int, int]:
-    """(sequences per forward pass, passes per step) of one worker: as few as fit `micro_batch`, of equal size.
+    """Return (sequences per forward pass, passes per step) of a worker: the fewest passes, of equal size.
 
-    Where the batch can't be shared evenly some workers have less to do in their last pass, or nothing.
+    If the batch does not divide evenly, some workers have fewer sequences or none in their last pass.
     """
     share = math.ceil(batch_size / workers)
     passes = math.ceil(share / micro_batch)

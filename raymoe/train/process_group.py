@@ -1,6 +1,6 @@
-"""How a trial's workers find each other: a store that listens on the first worker's address alone.
+"""Rendezvous of a trial's workers, through a store that listens on the first worker's address alone.
 
-torch's own rendezvous listens on every interface, and its store asks nobody who they are.
+torch's own rendezvous listens on every interface, and its store authenticates nobody.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from raymoe.cluster.ray_internals import torch_backend
 TorchBackend, set_environment = torch_backend()
 
 _hosted: list[TCPStore] = []
-"""In the first worker, between `_host` and `_join`."""
+"""The store, in the first worker between `_host` and `_join`."""
 
 
 @dataclass
 class ProcessGroup(TorchConfig):  # type: ignore[misc]
-    """Ray Train's torch configuration; a cluster on the loopback stays there."""
+    """Ray Train's torch configuration with this rendezvous; a cluster on the loopback stays there."""
 
     @property
     def backend_cls(self) -> type[Any]:
-        """What sets the workers' process group up."""
+        """Return the backend that sets up the workers' process group."""
         return _Backend
 
 
@@ -48,7 +48,7 @@ class _Backend(TorchBackend):  # type: ignore[misc, valid-type]
 
 
 def _host(world_size: int, timeout: timedelta) -> tuple[str, int]:
-    """Start the store in this process; its address and port."""
+    """Start the store in this process; return its address and port."""
     address = ray.util.get_node_ip_address()
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family, backlog=1024)
@@ -67,8 +67,8 @@ def _host(world_size: int, timeout: timedelta) -> tuple[str, int]:
 
 
 def _join(backend: str, address: str, port: int, timeout: timedelta) -> None:
-    """Make this worker part of the process group; its rank is in the environment."""
-    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # DeepSpeed wants to know them
+    """Join the process group; the worker's rank is in the environment."""
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}  # DeepSpeed reads them
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _hosted.pop() if rank == 0 else TCPStore(address, port, world_size, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

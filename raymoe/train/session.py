@@ -1,4 +1,4 @@
-"""What surrounds a worker's loop, so that the loop knows nothing of Ray."""
+"""The interface between a worker's loop and its surroundings, so that the loop knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 
 
 class Session(Protocol):
-    """A worker's place among the others, where it reports, and what it goes on from."""
+    """A worker's rank, where it reports to, and the checkpoint it resumes from."""
 
     rank: int
     world_size: int
     device: torch.device
 
     def checkpoint(self) -> Path | None:
-        """Return the folder of the checkpoint to go on from, if there is one."""
+        """Return the folder of the checkpoint to resume from; None if there is none."""
 
     def resumed(self, step: int) -> None:
-        """Note that training goes on after `step`, from the checkpoint."""
+        """Note that training resumes after `step`, from the checkpoint."""
 
     def stop_requested(self) -> bool:
-        """Return True if the run is to end at this milestone."""
+        """True if the run is to end at this milestone."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a step; first worker only, never waits."""
+        """Log the metrics of a step. Called on the first worker only; never blocks."""
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
-        """Report to all, a barrier over the workers; `save(folder)` writes a checkpoint where it is not None."""
+        """Report metrics, with a checkpoint that `save(folder)` writes if given; a barrier over the workers."""
 
     def leaving(self) -> bool:
-        """Return True if a node that a worker is on is about to be taken away; a barrier over the workers."""
+        """True if a node of the workers is about to be taken away; a barrier over the workers."""

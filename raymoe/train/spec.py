@@ -1,4 +1,4 @@
-"""What a training worker is asked to do. Light to import: the processes that only pass it on import no torch."""
+"""The specification of a training worker. Imports no torch, for the processes that only pass it on."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from raymoe.storage.location import Location
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """Everything a worker needs, as locations that every node reaches."""
+    """Everything a worker needs, as locations that every node can reach."""
 
     run: Run
     execution: Execution
     dense: Location
     """Hugging Face folder of the dense model."""
     recipe: Location | None
-    """Router rows to upcycle with (None: train the dense model itself)."""
+    """Recipe to upcycle with; None: train the dense model itself."""
     data: Location
     """Encoded instructions: `train/` and `validation/`."""
     out: Location
-    """Gets `model/`, `evaluations.json`."""
+    """Receives `model/` and `evaluations.json`."""
     prompts: Location | None = None
     """Representations of all prompts, for SIMoE's router: `train.npy`, `validation.npy`."""
     log_every: int = 1
-    """Steps whose metrics are read from the device together: one synchronisation."""
+    """Number of steps whose metrics are read from the device at once, in one synchronisation."""
 
 
 FIRST_STEPS = 0.1
-"""Share of training in which SIMoE's gates should not saturate."""
+"""Initial share of training in which SIMoE's gates should not saturate."""
 FAILURE = "failure"
-"""Under this name a trial's last result says why it failed."""
+"""Key in a trial's last result that holds the reason of its failure."""
 STOPPED_EARLY = "stopped early"
-"""Why a trial ended that its scheduler gave up on."""
+"""Failure reason of a trial that its scheduler stopped."""
 
 
 def stop_flag(checkpoints: Location, name: str) -> Location:
-    """The file that asks the run `name` to end at its next milestone."""
+    """Return the file whose existence asks the run `name` to end at its next milestone."""
     return checkpoints / name / "stop"
 
 
 class TrainingFailed(Exception):
-    """Training can't go on and trying again would not help (a loss that is not a number)."""
+    """Training failed for a reason that a retry would not remove, such as a loss that is not a number."""

@@ -1,7 +1,7 @@
 """One training worker: build the model, step through the data, evaluate at milestones, write the result.
 
-The same loop trains the dense baseline, every sparse method and the embedded dense model: what a method adds is its
-`Extension`. It knows nothing of Ray: `launch` gives it a `Session`, tests give it a local one.
+The same loop trains the dense baseline, every sparse method and the embedded dense model; a method adds to it by its
+`Extension`. It knows nothing of Ray: `launch` passes it a `Session`, tests pass it a local one.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from raymoe.upcycle import expand, load_recipe
 
 
 def train(spec: WorkerSpec, session: Session) -> list[dict[str, float]]:
-    """Train to the end and write `spec.out`; returns the evaluations at the milestones.
+    """Train to the end and write `spec.out`; return the evaluations at the milestones.
 
     Raises:
-        TrainingFailed: the loss is not a number; names the step. The last checkpoint stays as it is.
+        TrainingFailed: the loss is not a number; names the step. The last checkpoint is kept.
     """
     trainer = Trainer(spec, session)
     trainer.restore()
@@ -67,10 +67,10 @@ class Trainer:
         self._build()
         self.looked = self.saved = time.perf_counter()
         self.leaving = False
-        """True once a node of the workers is about to be taken away."""
+        """True once it is known that a node of the workers will be taken away."""
 
     def _build(self) -> None:
-        """Model, extension, engine, metrics and evaluator, in this order: each needs the one before."""
+        """Build model, extension, engine, metrics and evaluator, in this order: each needs the one before."""
         run, session, execution = self.run, self.session, self.spec.execution
         config = deepspeed_engine.deepspeed_config(
             run.precision, run.optimization, execution, self.micro_batch, self.accumulation
@@ -119,7 +119,7 @@ class Trainer:
     # ---- the step
 
     def step(self) -> None:
-        """One optimizer step over the global batch of `state.step`, and what follows from it."""
+        """Take one optimizer step on the global batch of `state.step`, and save a checkpoint if one is due."""
         step, sequences = self.state.step, self.order.sequences(self.state.step)
         rate = learning_rate(step, self.order.total_steps, self.run.optimization)
         schedule = rate / self.run.optimization.learning_rate
@@ -139,16 +139,16 @@ class Trainer:
             self.checkpoint()
 
     def _micro_batches(self, sequences: Sequence[PackedSequence]) -> Iterator[tuple[Batch, float]]:
-        """This worker's share of a step: (batch, 1), or (a batch that does not count, 0) to keep in step."""
+        """Yield this worker's share of a step: (batch, 1), or (a batch that does not count, 0) to keep in step."""
         mine = sequences[self.session.rank :: self.session.world_size]
         for number in range(self.accumulation):
             some = mine[number * self.micro_batch : (number + 1) * self.micro_batch]
-            # every worker takes part in every pass: one without sequences passes through one that does not count
+            # every worker takes part in every pass; one without sequences of its own uses one that does not count
             batch = collate(self.encoded, some or sequences[:1], self.run.data.max_length)
             yield batch.to(self.session.device), 1.0 if some else 0.0
 
     def _forward_backward(self, batch: Batch, completion: int, tokens: int, counts: float) -> Sums:
-        """Gradients of one micro batch, as its share of the loss over the global batch; none if `counts` is 0.
+        """Compute the gradients of one micro batch as part of the global batch's loss, zero if `counts` is 0.
 
         Loss = sum of completion nll / completion tokens of the global batch
              + weight * penalty, every batch weighted by its share of the global batch's tokens.
@@ -164,7 +164,7 @@ class Trainer:
             sums[f"train/{name}"] = penalty.detach() * share
         self.engine.backward(loss * self.session.world_size, scale_wrt_gas=False)
         norm = deepspeed_engine.step(self.engine)
-        if norm is not None:  # every worker has the whole norm, and metrics are summed over workers
+        if norm is not None:  # every worker has the global norm, and metrics are summed over workers
             sums["train/grad_norm"] = norm / self.session.world_size
         return sums | self.extension.sums(output, share, counts)
 
@@ -180,7 +180,7 @@ class Trainer:
     # ---- milestones
 
     def milestone(self) -> None:
-        """Evaluate, report and checkpoint if a share of training named in the configuration is reached."""
+        """Evaluate, report and save a checkpoint if this step is one of the configured milestones."""
         done = {int(e["step"]) for e in self.state.evaluations}
         if self.state.step not in self.milestones - done:
             return
@@ -203,14 +203,14 @@ class Trainer:
             raise TrainingFailed(STOPPED_EARLY)
 
     def _check_parameters(self) -> None:
-        """Raise TrainingFailed if the last update left parameters that are no numbers: nothing of it is kept."""
+        """Raise TrainingFailed if the last update made parameters non-finite, so that they are never saved."""
         if not (deepspeed_engine.finite(self.engine.module) and self.extension.finite()):
             raise TrainingFailed(f"parameters are not finite after step {self.state.step}")
 
     # ---- checkpoints
 
     def restore(self) -> None:
-        """Go on from the session's checkpoint, if there is one."""
+        """Resume from the session's checkpoint, if there is one."""
         if folder := self.session.checkpoint():
             workers = checkpoint.read_layout(folder, self._layout())["workers"]
             self.state = State(**deepspeed_engine.restore(self.engine, folder, workers))
@@ -218,7 +218,7 @@ class Trainer:
             self.session.resumed(self.state.step)
 
     def checkpoint(self) -> None:
-        """Report a checkpoint of this step."""
+        """Save and report a checkpoint of this step."""
         self._check_parameters()
         self.session.report({"step": self.state.step}, self._save)
         self.metrics.restart_clock()
@@ -236,7 +236,7 @@ class Trainer:
         return checkpoint.layout(self.spec, zero_stage, self.session.world_size)
 
     def _due(self) -> dict[str, bool]:
-        """What is due by this worker's clock: a checkpoint, a look whether a node is about to go."""
+        """Return what is due by this worker's clock: a checkpoint, a look for nodes about to be taken away."""
         now = time.perf_counter()
         return {
             "checkpoint": now - self.saved > 60 * self.spec.execution.checkpoint_minutes,
@@ -244,7 +244,10 @@ class Trainer:
         }
 
     def _checkpoint_due(self) -> bool:
-        """By steps, by time, or because a node was announced to leave; a milestone has its own checkpoint."""
+        """True if a checkpoint is due by steps, by time, or because a node will be taken away.
+
+        A milestone saves a checkpoint of its own.
+        """
         due, self.metrics.decided = self.metrics.decided, {}
         every, step = self.spec.execution.checkpoint_every, self.state.step
         wanted = due.get("checkpoint", False) or bool(every and step % every == 0)
@@ -262,7 +265,7 @@ class Trainer:
         self.metrics.flush()
         tensors = deepspeed_engine.gathered_parameters(self.engine.module.model)
         if self.session.rank == 0:
-            # what workers that were killed right after writing it left
+            # left by workers that were killed right after writing it
             delete(self.spec.out / "model")
             dtype = torch.bfloat16 if self.run.precision == "bfloat16" else torch.float32
             with writing(self.spec.out) as out:
@@ -274,9 +277,9 @@ class Trainer:
 
 
 def starting_model(spec: WorkerSpec, partition: Callable[[nn.Module], None] | None = None) -> PreTrainedModel:
-    """The dense model, expanded by the recipe if there is one, in the run's precision.
+    """Return the dense model, expanded by the recipe if there is one, in the run's precision.
 
-    `partition`: under ZeRO-3, spreads every layer's experts over the workers as soon as they are made, so that no
+    `partition`: under ZeRO-3, partitions each layer's experts over the workers as soon as they are made, so that no
     worker ever holds all of them.
     """
     dtype = torch.bfloat16 if spec.run.precision == "bfloat16" else torch.float32
@@ -301,14 +304,14 @@ def starting_model(spec: WorkerSpec, partition: Callable[[nn.Module], None] | No
 
 
 def _partition(config: Mapping[str, Any]) -> Callable[[nn.Module], None] | None:
-    """What spreads a module over the workers under ZeRO-3; None below it."""
+    """Return the function that partitions a module over the workers under ZeRO-3; None below stage 3."""
     if config["zero_optimization"]["stage"] != 3:
         return None
     return lambda module: deepspeed_engine.partition(module, config)
 
 
 def _token_counts(encoded: Encoded, sequences: Sequence[PackedSequence]) -> tuple[int, int]:
-    """(completion tokens, all tokens) of the examples in `sequences`."""
+    """Count the (completion tokens, all tokens) of the examples in `sequences`."""
     examples = [int(example) for sequence in sequences for example in sequence]
     lengths = encoded.lengths[examples]
     return int((lengths - encoded.prompt_lengths[examples]).sum()), int(lengths.sum())

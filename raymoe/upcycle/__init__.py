@@ -1,4 +1,4 @@
-"""Upcycling: router rows and experts as the method's row in `raymoe.methods.SEAMS` makes them, and the recipe.
+"""Upcycling: makes router rows and experts as the method's row in `raymoe.methods.SEAMS` says; the recipe.
 
 A recipe is the dense model by reference, the method, its seed and the router rows: a few kilobytes that
 `expand` turns into the sparse model when a trial loads, instead of N FFNs per layer and trial on disk.
@@ -27,17 +27,17 @@ from raymoe.schema import InputError
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a sparse model is expanded from, next to its router rows."""
+    """Recipe of a sparse model, without its router rows."""
 
     dense: str
     """The dense model: a folder or a reference that the caller resolves to one."""
     method: Experts
     seed: int = 0
-    """Of the experts that are no plain copies."""
+    """Seed of the experts, for methods whose experts are not plain copies."""
 
 
 def router(method: Experts, *, num_layers: int, width: int, clusters: Path | None, seed: int) -> Tensor:
-    """The router rows that `method` starts from: fp32 [num_layers, num_experts, width], on the CPU.
+    """Make the router rows that `method` starts from: fp32 [num_layers, num_experts, width], on the CPU.
 
     `clusters`: output folder of the clusters stage, for methods that start from representations.
 
@@ -50,9 +50,9 @@ def router(method: Experts, *, num_layers: int, width: int, clusters: Path | Non
 
 
 def expert_start(method: Experts, seed: int) -> ExpertStart | None:
-    """How the experts of `method` start; None: as copies of the dense FFN.
+    """Return the function that makes the experts of `method`; None: they are copies of the dense FFN.
 
-    Every expert has random numbers of its own, so it is the same whoever makes it, in whatever order.
+    Every expert has its own random generator, so the result does not depend on who makes it or in what order.
     """
     reference = seam(method).expert
     if reference is None:
@@ -67,7 +67,7 @@ def expert_start(method: Experts, seed: int) -> ExpertStart | None:
 
 
 def write_recipe(folder: Path, dense: str | Path, method: Experts, router: Tensor, seed: int = 0) -> None:
-    """Write `recipe.json` and `router.safetensors` into `folder`, which is made if it is not there."""
+    """Write `recipe.json` and `router.safetensors` into `folder`, which is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"router": router.detach().cpu().contiguous()}, folder / "router.safetensors")
     recipe = {"dense": str(dense), "method": method.model_dump(mode="json"), "seed": seed}
@@ -75,10 +75,10 @@ def write_recipe(folder: Path, dense: str | Path, method: Experts, router: Tenso
 
 
 def load_recipe(folder: Path) -> tuple[Recipe, Tensor]:
-    """The recipe in `folder` and its router rows [L, N, D].
+    """Load the recipe in `folder` and its router rows [L, N, D].
 
     Raises:
-        InputError: not a recipe's folder, or one of another version of raymoe.
+        InputError: not a recipe folder, or one of another version of raymoe.
     """
     try:
         values = json.loads((folder / "recipe.json").read_text())
@@ -105,7 +105,7 @@ def expand(
     seed: int = 0,
     **from_pretrained: Any,
 ) -> PreTrainedModel:
-    """The sparse model in memory: the dense folder, loaded in `dtype` and upcycled layer by layer.
+    """Return the sparse model: the dense folder, loaded in `dtype` and upcycled layer by layer.
 
     `seed`: the recipe's. Further keywords go to transformers' `from_pretrained` (such as `attn_implementation`).
     """

@@ -1,8 +1,8 @@
 """The Hugging Face boundary: sparse models as stock transformers classes, written shard by shard.
 
-`materialize` writes the upcycled start of a dense folder by copying its bytes, without loading a model, or
-expert by expert where they are no plain copies. `write_model` writes a trained model whose tensors arrive one
-by one. Which class holds which dense model and gating is in `raymoe.models.families`.
+`materialize` writes the untrained upcycled model of a dense folder by copying bytes, without loading a model, or
+expert by expert if experts are not plain copies. `write_model` writes a trained model whose tensors arrive one
+by one. `raymoe.models.families` says which class holds which dense model and gating.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COPIED_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "vocab.*", "merges.txt", "*.model", "chat_template.*", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""Glob patterns of what is copied beside the weights: tokenizer, generation defaults, licence."""
+"""Glob patterns of the files copied along with the weights: tokenizer, generation defaults, licence."""
 
 
 # Writing folders
@@ -52,14 +52,14 @@ def materialize(
     max_shard_bytes: int = SHARD_BYTES,
     start: ExpertStart | None = None,
 ) -> None:
-    """Write the upcycled start of the dense model in folder `dense` as a Hugging Face folder `out`.
+    """Write the untrained upcycled model of the dense folder `dense` as a Hugging Face folder `out`.
 
     The dense tensors' bytes are copied from file to file, once per expert; nothing but `router` [L, N, D] is
-    held in memory. `start` makes the experts instead of copying them, one in memory at a time. `out` appears
+    held in memory. If `start` is given it makes the experts, one in memory at a time. `out` appears
     whole or not at all.
 
     Raises:
-        InputError: `out` is not empty, the disk is full, the folder is no dense model that can be upcycled,
+        InputError: `out` is not empty, the disk is full, the folder is not a dense model that can be upcycled,
             or the router does not fit it.
     """
     spans = dense_tensors(dense)
@@ -82,8 +82,8 @@ def write_model(
 ) -> None:
     """Write a trained model as the Hugging Face folder `out`, in `dtype`.
 
-    `tensors` come in any order under the names that they have in memory (`named_parameters` of the model that
-    `upcycle_model` or, where `method` is None, transformers made) and are let go one by one. Config, tokenizer and
+    `tensors` come in any order under their names in memory (`named_parameters` of the model that `upcycle_model`
+    or, if `method` is None, transformers made) and are released one by one. Config, tokenizer and
     shapes come from the folder `dense` that training started from.
 
     Raises:
@@ -106,14 +106,14 @@ def copy_model(model: Path, out: Path) -> None:
     """Copy a finished model folder to `out`, whole or not at all.
 
     Raises:
-        InputError: `out` is there already, or can't be written.
+        InputError: `out` is not empty, or can't be written.
     """
     with new_folder(out, total_bytes(dense_tensors(model))) as folder:
         shutil.copytree(model, folder, dirs_exist_ok=True)
 
 
 def copy_dense(dense: Path, folder: Path) -> None:
-    """Copy a dense model into the new `folder`: what loading needs, its licence, and nothing else of its folder."""
+    """Copy a dense model into the new `folder`: the files that loading needs, its licence, and nothing else."""
     folder.mkdir()
     index = dense / "model.safetensors.index.json"
     for file in (dense / "config.json", *([index] if index.is_file() else []), *weight_files(dense)):
@@ -123,7 +123,7 @@ def copy_dense(dense: Path, folder: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a hidden sibling of `out` that becomes `out` at the end, and vanishes if anything goes wrong.
+    """Yield a hidden sibling of `out` that is renamed to `out` at the end, or removed if anything goes wrong.
 
     Raises:
         InputError: `out` is not empty, can't be written, or the disk has no room for `num_bytes`.
@@ -151,7 +151,7 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def write_companions(folder: Path, dense: Path, config: PreTrainedConfig) -> None:
-    """Write the config, and copy everything of `dense` but its weights."""
+    """Write the config, and copy the other files of `dense` that go along with the weights."""
     config.save_pretrained(folder)
     _copy_companions(folder, dense)
 
@@ -173,7 +173,7 @@ def read_config(dense: Path) -> PreTrainedConfig:
         raise InputError(f"{dense}: not a model's config: {str(error).splitlines()[0]}") from None
 
 
-# What is written under which name
+# Names and shapes on disk
 
 _FFN_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight")
 _EXPERTS_WEIGHT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up_proj|down_proj)")
@@ -225,7 +225,7 @@ def _expert_slots(
 def _added(
     layout: Layout, config: Any, method: Experts, layer: int, dense: Mapping[str, Slot]
 ) -> dict[str, Slot]:
-    """Return what a layer has that its dense one lacks: the router, and zeros that its class insists on."""
+    """Return the tensors a sparse layer has and a dense one lacks: the router, and zeros its class requires."""
     prefix = f"model.layers.{layer}."
     shapes = {name.removeprefix(prefix): s.shape for name, s in dense.items() if name.startswith(prefix)}
     dtype = "F32" if layout.router_in_fp32 else dense[f"{prefix}mlp.gate_proj.weight"].dtype
@@ -239,7 +239,7 @@ def _added(
 def _sparse_tensors(
     config: Any, spans: Mapping[str, Span], method: Experts, router: Tensor, start: ExpertStart | None
 ) -> Iterator[tuple[Place, Span | Tensor]]:
-    """Yield the upcycled start: where its bytes are, or what is new."""
+    """Yield the tensors of the untrained upcycled model: new ones, or where in the dense files their bytes are."""
     layout = layout_of(config, method)
     for name, span in spans.items():
         match = _FFN_WEIGHT.fullmatch(name)
@@ -250,7 +250,7 @@ def _sparse_tensors(
                 yield layout.expert(match[1], expert, match[2]), span
     for layer, rows_ND in enumerate(router):
         names = [f"model.layers.{layer}.mlp.{projection}.weight" for projection in FFN._fields]
-        # rounded as in memory, also where the class keeps it in fp32
+        # rounded as in memory, even if the class keeps it in fp32
         yield Place(layout.router(layer)), rows_ND.to(spans[names[0]].torch_dtype)
         if start is not None:
             dense = FFN(*(load_tensor(spans, name) for name in names))
@@ -270,7 +270,7 @@ def _trained_plan(
 def _exported(
     name: str, tensor: Tensor, config: Any, method: Experts | None, plan: Mapping[str, Slot]
 ) -> Iterator[tuple[Place, Tensor]]:
-    """Yield one tensor of the model in memory as the tensors that it is on disk."""
+    """Yield the tensors on disk that one tensor in memory becomes."""
     if method and (match := _EXPERTS_WEIGHT.fullmatch(name)):
         yield from _experts(layout_of(config, method), match[1], match[2], tensor)
     elif method and (match := _ROUTER_WEIGHT.fullmatch(name)):

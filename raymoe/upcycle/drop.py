@@ -1,4 +1,4 @@
-"""Drop-Upcycling (Nakamura et al., arXiv 2502.19261): every expert forgets another part of the dense FFN."""
+"""Drop-Upcycling (Nakamura et al., arXiv 2502.19261): every expert re-initialises another part of the dense FFN."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from raymoe.models.moe import FFN
 
 
 def expert(method: DropUpcycling, dense: FFN, generator: torch.Generator) -> FFN:
-    """The dense FFN with floor(r F) of its F columns drawn anew, from N(mean, std) of the entries they replace.
+    """Return the dense FFN with floor(r F) of its F columns redrawn, from N(mean, std) of the entries they replace.
 
-    `paper` (section 3.2): the same columns of all three matrices. `official`: as the authors' conversion does it,
-    the columns are permuted, alike in all three matrices, and each matrix then draws columns of its own.
+    `paper` (section 3.2): the same columns in all three matrices. `official`: as in the authors' conversion, the
+    columns are permuted, alike in all three matrices, and each matrix then chooses its own columns.
     """
     width = len(dense.gate_proj)
     count = int(method.drop_ratio * width)
@@ -34,12 +34,12 @@ def expert(method: DropUpcycling, dense: FFN, generator: torch.Generator) -> FFN
 
 
 def _by_column(ffn: FFN) -> tuple[Tensor, Tensor, Tensor]:
-    """All three matrices as [F, D]: a row is what belongs to one column of the FFN."""
+    """Return all three matrices as [F, D]; a row holds the weights of one FFN column."""
     return ffn.gate_proj, ffn.up_proj, ffn.down_proj.T
 
 
 def _redrawn(weight_FD: Tensor, dropped_F: Tensor, generator: torch.Generator) -> Tensor:
-    """`weight_FD` with its dropped rows drawn from the statistics of what is dropped."""
+    """Return `weight_FD` with its dropped rows drawn from the normal distribution of their entries."""
     dropped_F = dropped_F.to(weight_FD.device)
     lost = weight_FD[dropped_F].float()
     drawn_FD = torch.randn(weight_FD.shape, generator=generator) * lost.std() + lost.mean()

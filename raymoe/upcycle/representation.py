@@ -1,6 +1,6 @@
 """TRSU and CRSU (RSU paper): routers start from clusters of the dense model's representations.
 
-The clusters stage has already made the rows: TRSU's per task, CRSU's over all tokens.
+The clusters stage makes the rows, for TRSU per task, for CRSU over all tokens; here they are loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from raymoe.schema import InputError
 def router(
     method: Representations, *, num_layers: int, width: int, clusters: Path | None, seed: int
 ) -> Tensor:
-    """Tensor `router` of `<clusters>/router.safetensors`: fp32 [num_layers, num_experts, width].
+    """Load the tensor `router` of `<clusters>/router.safetensors`: fp32 [num_layers, num_experts, width].
 
     Raises:
         InputError: no clusters, an unreadable file, or rows of another shape.

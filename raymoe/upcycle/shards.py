@@ -1,4 +1,4 @@
-"""Safetensors shards, written as a stream: the bytes of dense tensors are copied, not loaded."""
+"""Safetensors shards, written as a stream; the bytes of dense tensors are copied without loading them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Slot:
     """Room for one tensor."""
 
     dtype: str
-    """As safetensors calls it."""
+    """Safetensors' name of the dtype."""
     shape: tuple[int, ...]
     zero: bool = False
-    """Nothing is written to it."""
+    """Left as zeros: nothing is written to it."""
     parts: int = 1
-    """Equal parts along the leading dimensions, written one by one: the experts of a stacked tensor."""
+    """Number of equal parts along the leading dimensions, written one by one: the experts of a stacked tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -50,7 +50,7 @@ class Slot:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """As torch calls it."""
+        """The dtype as a torch dtype."""
         return _DTYPES[self.dtype]
 
     @classmethod
@@ -73,7 +73,7 @@ class Span(Slot):
 
 
 def load_tensor(spans: Mapping[str, Span], name: str) -> Tensor:
-    """Load one of the tensors that `dense_tensors` found."""
+    """Load a tensor that `dense_tensors` found."""
     with safe_open(spans[name].file, framework="pt") as file:
         return file.get_tensor(name)  # type: ignore[no-any-return]
 
@@ -105,7 +105,7 @@ def dense_tensors(dense: Path) -> dict[str, Span]:
 
 
 def weight_files(dense: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, of which a single one need not exist.
+    """Return the safetensors files of a model folder; without an index `model.safetensors`, which may not exist.
 
     Raises:
         InputError: an index that is damaged or names files outside of the folder.
@@ -167,7 +167,7 @@ class ShardWriter:
         """Create the files, whose names start with `stem`."""
         self.plan = plan
         self.missing = {(name, i) for name, slot in plan.items() if not slot.zero for i in range(slot.parts)}
-        """(name, part) of what is still to come."""
+        """(name, part) pairs that are still to be written."""
         self.places: dict[str, tuple[int, int]] = {}
         """Name -> (file descriptor, position)."""
         self.files: list[int] = []
@@ -202,7 +202,7 @@ class ShardWriter:
         os.ftruncate(descriptor, position)
 
     def write(self, name: str, source: Tensor | Span, part: int = 0) -> None:
-        """Put a tensor, or one part of it, in its place: converted from memory, or as bytes of another file.
+        """Write a tensor, or one part of it, in its place: converted from memory, or as bytes of another file.
 
         Raises:
             ValueError: the tensor is not in the plan, or of another shape.
@@ -288,7 +288,7 @@ def _copy(source: int, start: int, target: int, position: int, length: int) -> N
 def _copy_some(source: int, start: int, target: int, position: int, length: int) -> int:
     try:
         return os.copy_file_range(source, target, length, start, position)
-    except AttributeError:  # not on this system
+    except AttributeError:  # not available on this system
         pass
     except OSError as error:
         if error.errno not in _NO_COPY_IN_KERNEL:

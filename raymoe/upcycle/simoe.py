@@ -1,7 +1,7 @@
-"""SIMoE models on disk: what training adds to a dense model, loading it back, and plain models merged from it.
+"""SIMoE models on disk: write what training adds to a dense model, load it back, merge plain models from it.
 
 A SIMoE folder is `simoe.json` (method, layers, expert weights of the domains, and where the dense model is) and
-`simoe.safetensors` (prompt router, and of every layer the live columns alone: those that any expert has open).
+`simoe.safetensors` (the prompt router and, for every layer, its live columns: those that are open in any expert).
 It has no config.json of its own, so that nothing loads it as if it were its dense model.
 
     write_simoe(out, dense, masks, model.named_parameters(), torch.bfloat16)
@@ -11,7 +11,7 @@ It has no config.json of its own, so that nothing loads it as if it were its den
     merge(out, plain, simoe.config.domains["math"])         # for stock transformers and every server
     export_simoe(out, elsewhere)                            # with the dense model inside
 
-Shapes: S samples, M experts, G gates, I inputs, O outputs and J live columns of a layer, N tokens.
+Shapes: S prompts, M experts, G gates, I inputs, O outputs and J live columns of a layer, N tokens.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from raymoe.upcycle.checkpoint import copy_dense, new_folder, read_config, write
 from raymoe.upcycle.shards import ShardWriter, Slot, Span, dense_tensors, load_tensor, total_bytes
 
 FORMAT = 1
-"""Raised when a folder is written that earlier versions of raymoe would misread."""
+"""Version of the format, incremented when earlier versions of raymoe would misread a folder."""
 INDEX, WEIGHTS = "simoe.json", "simoe.safetensors"
 EXPORTED_DENSE = "dense"
-"""Folder of the dense model inside of an exported one."""
+"""Folder of the dense model within an exported SIMoE folder."""
 DIGESTED_BYTES = 4096
-"""Leading bytes of every dense tensor that its digest covers."""
+"""Bytes of every dense tensor that are hashed, to tell one dense model from another."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,22 +61,22 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Masks:
-    """What SIMoE learns besides the delta."""
+    """Everything SIMoE learns besides the delta."""
 
     method: SparseInterpolation
     gates_MG: Tensor
     """Evaluation gates, with exact zeros."""
     router: Mapping[str, Tensor]
-    """State of the `PromptRouter`."""
+    """State dict of the `PromptRouter`."""
     domains: Mapping[str, Sequence[float]]
     """Domain -> mean expert weights [M] of its prompts."""
     chat_template: str = "tokenizer"
-    """`data.chat_template` of the training, by which prompts were rendered."""
+    """`data.chat_template` of the training, with which prompts are rendered."""
 
 
 @dataclass(frozen=True)
 class SIMoEConfig:
-    """What `simoe.json` says."""
+    """Contents of `simoe.json`."""
 
     method: SparseInterpolation
     dense_at: Location
@@ -86,13 +86,13 @@ class SIMoEConfig:
     """Dtype of the delta, in which the model was trained."""
     layout: GateLayout
     live: tuple[int, ...]
-    """Live columns of every layer of `layout`."""
+    """Number of live columns of every layer of `layout`."""
     parameters: Mapping[str, int]
-    """Numbers of parameters: `dense`, `delta` and `gates` (live columns alone), `router`."""
+    """Parameter counts: `dense`, `delta` and `gates` (live columns only), `router`."""
     domains: Mapping[str, tuple[float, ...]]
     """Domain -> mean expert weights [M] of its prompts."""
     chat_template: str
-    """`data.chat_template` of the training, by which prompts were rendered."""
+    """`data.chat_template` of the training, with which prompts are rendered."""
 
     @property
     def dense(self) -> Path:
@@ -100,7 +100,7 @@ class SIMoEConfig:
         return local(self.dense_at)
 
     def plan(self, router: Mapping[str, tuple[int, ...]]) -> dict[str, Slot]:
-        """Return every tensor of `simoe.safetensors`, given the shapes of the router's parameters."""
+        """Return every tensor of `simoe.safetensors`. `router`: the shapes of the router's parameters."""
         plan = {_router_name(name): Slot.of(torch.float32, *shape) for name, shape in router.items()}
         for span, live in zip(self.layout.spans, self.live, strict=True):
             plan[f"{span.name}.columns"] = Slot.of(torch.int32, live)
@@ -115,10 +115,10 @@ def is_simoe(folder: Path) -> bool:
 
 
 def simoe_config(folder: Path) -> SIMoEConfig:
-    """Read what the SIMoE model in `folder` says about itself.
+    """Read the config of the SIMoE model in `folder`.
 
     Raises:
-        InputError: no SIMoE folder, a damaged one, or one of another version.
+        InputError: not a SIMoE folder, a damaged one, or one of another version.
     """
     file = folder / INDEX
     try:
@@ -131,7 +131,7 @@ def simoe_config(folder: Path) -> SIMoEConfig:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{file}: damaged ({reason})") from None
     if config is None:
-        raise InputError(f"{file}: format {version!r}, of which this version of raymoe reads {FORMAT} alone")
+        raise InputError(f"{file}: format {version!r}, but this version of raymoe reads only {FORMAT}")
     return config
 
 
@@ -175,7 +175,7 @@ def _as_json(config: SIMoEConfig) -> dict[str, Any]:
 
 
 def _digest(spans: Mapping[str, Span]) -> str:
-    """Hash name, dtype, shape and first bytes of every tensor: what identifies a dense model."""
+    """Return a hash that identifies a dense model: of name, dtype, shape and first bytes of every tensor."""
     digest = hashlib.sha256()
     for name, span in sorted(spans.items()):
         digest.update(f"{name}\0{span.dtype}\0{span.shape}\0".encode())
@@ -185,15 +185,15 @@ def _digest(spans: Mapping[str, Span]) -> str:
 
 
 def _dense_tensors(folder: Path, config: SIMoEConfig) -> dict[str, Span]:
-    """Return the tensors of the dense model that the SIMoE model in `folder` belongs to.
+    """Return the tensors of the dense model that the SIMoE model in `folder` was made from.
 
     Raises:
-        InputError: it is not where it was, or it is another model.
+        InputError: the dense model is gone, or it is another one.
     """
     if not config.dense.is_dir():
         raise InputError(
-            f"{folder}: its dense model is not in {config.dense} any more: "
-            f"put it back there, or its new place into {INDEX}"
+            f"{folder}: its dense model is no longer in {config.dense}: "
+            f"put it back there, or write its new location into {INDEX}"
         )
     spans = dense_tensors(config.dense)
     for layer in config.layout.spans:
@@ -213,7 +213,7 @@ def _dense_shape(span: GateSpan) -> tuple[int, ...]:
 
 
 def _rows_shape(span: GateSpan, rows: int) -> tuple[int, ...]:
-    """Return the shape of that many columns' parameters: [J, O], for a norm [J]."""
+    """Return the shape of the delta's parameters of `rows` columns: [J, O]; [J] for a norm."""
     return (rows,) if span.kind == "norm" else (rows, span.owned)
 
 
@@ -229,8 +229,8 @@ def write_simoe(
 ) -> None:
     """Write a trained SIMoE model as the folder `out`, its delta in `dtype`, the dense model by reference.
 
-    `deltas` are `named_parameters` of the interpolated model (or of what wraps it), in any order, let go one
-    by one; those whose names don't end in `.delta` are skipped. `out` appears whole or not at all.
+    `deltas` are the `named_parameters` of the interpolated model (or its wrapper), in any order, released one by
+    one; those whose names don't end in `.delta` are skipped. `out` appears whole or not at all.
 
     Raises:
         InputError: `out` is not empty, or the disk is full.
@@ -254,7 +254,7 @@ def write_simoe(
 
 
 def _outline(dense: Path) -> tuple[GateLayout, int]:
-    """Return the gates of the dense model in a folder and its number of parameters, without loading weights."""
+    """Return the gate layout and parameter count of the dense model in a folder, without loading its weights."""
     config = read_config(dense)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -262,7 +262,7 @@ def _outline(dense: Path) -> tuple[GateLayout, int]:
 
 
 def _live(gates_MG: Tensor, layout: GateLayout) -> dict[str, Tensor]:
-    """Return, for each layer, its columns that any expert has open, rising."""
+    """Return, by layer, the columns that are open in any expert, ascending."""
     alive = torch.split((gates_MG != 0).any(0), layout.widths)
     return {span.name: some.nonzero()[:, 0] for span, some in zip(layout.spans, alive, strict=True)}
 
@@ -286,7 +286,7 @@ def _described(
 def _mask_tensors(
     masks: Masks, gates_MG: Tensor, layout: GateLayout, columns: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor but the delta."""
+    """Yield name and value of every tensor but the delta's."""
     for name, tensor in masks.router.items():
         yield _router_name(name), tensor
     for span, gates in zip(layout.spans, torch.split(gates_MG, layout.widths, 1), strict=True):
@@ -302,10 +302,10 @@ def _live_rows(name: str, delta: Tensor, columns: Mapping[str, Tensor]) -> Tenso
 
 
 def export_simoe(folder: Path, out: Path) -> None:
-    """Copy the SIMoE model in `folder` to `out` together with its dense model, so that `out` needs nothing else.
+    """Copy the SIMoE model in `folder` to `out` together with its dense model, so that `out` is self-contained.
 
     Raises:
-        InputError: no SIMoE folder; its dense model is gone or another; `out` is not empty; the disk is full.
+        InputError: not a SIMoE folder; its dense model is gone or another; `out` is not empty; the disk is full.
     """
     config = simoe_config(folder)
     num_bytes = total_bytes(_dense_tensors(folder, config))
@@ -322,18 +322,18 @@ def export_simoe(folder: Path, out: Path) -> None:
 
 @dataclass(frozen=True)
 class LivePart:
-    """What one layer has beside its dense weight: its live columns."""
+    """The live columns of one layer."""
 
     columns_J: Tensor
-    """Rising, int64."""
+    """Column indices, ascending, int64."""
     gates_MJ: Tensor
     delta: Tensor
-    """[J, O], of a norm [J]."""
+    """[J, O]; [J] for a norm."""
 
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[Any]:
-    """Open `simoe.safetensors` of `folder`; raise InputError if it, or a tensor asked for, can't be read."""
+    """Open `simoe.safetensors` in `folder`; raise InputError if it, or a tensor read in the block, is unreadable."""
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             yield file
@@ -365,7 +365,7 @@ def _parts(file: Any, config: SIMoEConfig) -> Iterator[tuple[GateSpan, LivePart]
 
 @dataclass(frozen=True)
 class SIMoE:
-    """A trained SIMoE model in memory. It holds live columns alone."""
+    """A trained SIMoE model in memory, which holds live columns only."""
 
     interpolated: Interpolated
     router: PromptRouter
@@ -374,12 +374,12 @@ class SIMoE:
 
     @property
     def model(self) -> PreTrainedModel:
-        """Return the transformers model: the dense one, unless `interpolated` has coefficients set."""
+        """The transformers model: computes the dense function unless `interpolated` has coefficients set."""
         return self.interpolated.model
 
     @torch.no_grad()
     def expert_weights(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
-        """Return a [S, M] of tokenised prompts, rendered as data are: rows that add up to 1."""
+        """Return a [S, M] for tokenised prompts, rendered as in training; rows add up to 1."""
         from raymoe.routers.prompts import represent
 
         kind = self.config.method.prompt_representation
@@ -389,7 +389,7 @@ class SIMoE:
         return a_SM
 
     def coefficients(self, prompts: Sequence[NDArray[np.int32]]) -> Tensor:
-        """Return c = a Z [S, G] of tokenised prompts."""
+        """Return c = a Z [S, G] for tokenised prompts."""
         return self.expert_weights(prompts) @ self.gates_MG
 
 
@@ -414,10 +414,10 @@ def load_simoe(
     device: torch.device | str = "cpu",
     attn_implementation: str | None = None,
 ) -> SIMoE:
-    """Load the SIMoE model in `folder`, in evaluation mode, its weights in `dtype`, gates and router in fp32.
+    """Load the SIMoE model in `folder` in evaluation mode, its weights in `dtype`, gates and router in fp32.
 
     Raises:
-        InputError: no SIMoE folder, a damaged one, one of another version, or one whose dense model is gone
+        InputError: not a SIMoE folder, a damaged one, one of another version, or one whose dense model is gone
             or another.
     """
     config = simoe_config(folder)
@@ -446,7 +446,7 @@ def _dense_model(dense: Path, dtype: torch.dtype, attn_implementation: str | Non
 
 
 def _without_deltas(module: nn.Module) -> None:
-    """Free the zeros that the layers in `module` start from, so that they never exist for the whole model."""
+    """Free the initial zero deltas of the layers in `module`, so that they never exist for the whole model."""
     for layer in module.modules():
         if isinstance(layer, InterpolatedLayer):
             layer.delta = nn.Parameter(layer.delta.to("meta"), requires_grad=False)
@@ -495,10 +495,10 @@ def generate_merged(
     max_new_tokens: int,
     stop: Collection[int] = (),
 ) -> list[str]:
-    """Return greedy completions with the weights merged once per distinct row of `coefficients_SG`.
+    """Return greedy completions, with the weights merged once per distinct row of `coefficients_SG`.
 
-    Decoding costs what it costs with the dense model; prompts with the same row are decoded together. Of
-    weights that are whole on this worker (not ZeRO-3's). `stop` as in `raymoe.models.generate.generate`.
+    Decoding costs as much as with the dense model; prompts with the same row are decoded together. Works only if
+    this worker has the full weights (not under ZeRO-3). `stop` as in `raymoe.models.generate.generate`.
     """
     from raymoe.models.generate import generate
 
@@ -515,10 +515,10 @@ def generate_merged(
 
 
 def merge(folder: Path, out: Path, expert_weights_M: Sequence[float] | Tensor) -> float:
-    """Write the plain dense model that the SIMoE model in `folder` is for one vector of expert weights.
+    """Write the plain dense model into which the SIMoE model in `folder` merges under one vector of expert weights.
 
-    It is of the dense model's own architecture and of its tensors' own dtypes: merged in fp32, rounded once.
-    Tensor by tensor; those without gates are copied byte for byte. `out` appears whole or not at all.
+    It has the dense model's architecture and dtypes: merged in fp32, rounded once. Tensors are merged one by one;
+    those without gates are copied byte for byte. `out` appears whole or not at all.
 
     Returns:
         The share of the delta that survived that rounding: 1 if all of it did.
@@ -549,7 +549,7 @@ def merge(folder: Path, out: Path, expert_weights_M: Sequence[float] | Tensor) -
 
 
 def route(folder: Path, text: str) -> list[float]:
-    """Return the expert weights [M] that the SIMoE model in `folder` gives a message, rendered as in its training.
+    """Return the expert weights [M] of the SIMoE model in `folder` for a user's message, rendered as in its training.
 
     Raises:
         InputError: as `load_simoe` and `prompt_tokens`.
@@ -563,7 +563,7 @@ def route(folder: Path, text: str) -> list[float]:
 
 
 def prompt_tokens(text: str, tokenizer: PreTrainedTokenizerBase, data: Data) -> NDArray[np.int32]:
-    """Tokenise `text` as a user's message, rendered as the prompts of `data` are.
+    """Tokenise `text` as a user's message, rendered as the prompts of `data`.
 
     Raises:
         InputError: the tokenizer's chat template can't render it.

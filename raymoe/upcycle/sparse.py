@@ -13,7 +13,7 @@ from raymoe.methods import SparseUpcycling
 def router(
     method: SparseUpcycling, *, num_layers: int, width: int, clusters: Path | None, seed: int
 ) -> Tensor:
-    """Rows from N(0, router_std): fp32 [num_layers, num_experts, width], decided by `seed` alone."""
-    generator = torch.Generator().manual_seed(seed)  # on the CPU: GPUs draw other numbers
+    """Draw rows from N(0, router_std^2): fp32 [num_layers, num_experts, width], determined by `seed` alone."""
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, as GPUs draw other numbers
     rows_LND = torch.randn(num_layers, method.num_experts, width, generator=generator)
     return rows_LND * method.router_std

@@ -481,8 +481,8 @@ def test_a_stage_key_depends_on_the_content_of_its_sources(tmp_path: Path, pico:
     files = [write_jsonl(tmp_path / f"{name}.jsonl", numbered(5)) for name in "ab"]
 
     def key(*names: Any, **changes: Any) -> str:
-        job = load(RunFile, None, {"model.name": str(pico), "data.train": list(names), **changes})
-        return instructions_stage(job.run()).key
+        run_file = load(RunFile, None, {"model.name": str(pico), "data.train": list(names), **changes})
+        return instructions_stage(run_file.run()).key
 
     both = key(*map(str, files))
     assert both == key(*map(str, files)) != key(str(files[0])) != key(str(files[1]), str(files[0]))

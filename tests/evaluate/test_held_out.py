@@ -37,14 +37,14 @@ DOMAINS = ("code", "math", "text")
 
 
 def stock(folder: Path) -> PreTrainedModel:
-    """The model as transformers alone has it."""
+    """Return the model as plain transformers loads it."""
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
 
 def packed(folder: Path) -> PreTrainedModel:
-    """The model as the training loop has it."""
+    """Return the model as the training loop loads it."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=PACKED_ATTENTION
     )
@@ -64,7 +64,7 @@ def tokenizer(pico: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def held_out(data_folder: Path, tokenizer: Any) -> Encoded:
-    """Six held-out instructions of each domain."""
+    """Return six held-out examples of each domain."""
     data = Data(train=str(data_folder), max_length=MAX_LENGTH, chat_template="plain")
     instructions = read(data, "validation", corpus=None, seed=0).instructions
     return encode(
@@ -79,7 +79,7 @@ def evaluator(held_out: Encoded, tokenizer: Any, **more: Any) -> Evaluator:
 
 @torch.no_grad()
 def losses_one_by_one(model: PreTrainedModel, held_out: Encoded, limit: int = 100) -> dict[str, list[float]]:
-    """Per domain the negative log-likelihood of every completion token."""
+    """Return, by domain, the negative log-likelihood of every completion token."""
     losses: dict[str, list[float]] = {d: [] for d in DOMAINS}
     used = dict.fromkeys(DOMAINS, 0)
     for i, domain in enumerate(held_out.domains):
@@ -153,7 +153,7 @@ def test_load_is_the_share_of_each_domains_tokens(pico: Path, held_out: Encoded,
 
 
 class Workers:
-    """A process group of threads: sums what each of them gives in the same place."""
+    """A process group of threads: sums what they pass in at the same call."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -234,15 +234,15 @@ def test_workers_share_the_work_and_have_the_same_metrics(
 
 
 def answers(held_out: Encoded) -> Callable[..., list[str]]:
-    """A model that adds rightly, but for the math examples 2 and 4."""
-    math_records = np.flatnonzero(np.asarray(held_out.domains) == "math")
-    indices = {bytes(held_out.prompt(int(r))): i for i, r in enumerate(math_records)}
+    """Return a `generate` that answers correctly, except the math examples 2 and 4."""
+    math_examples = np.flatnonzero(np.asarray(held_out.domains) == "math")
+    indices = {bytes(held_out.prompt(int(example))): i for i, example in enumerate(math_examples)}
 
     def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], *_: Any, **__: Any) -> list[str]:
         texts = []
         for prompt in prompts:
             index = indices[bytes(prompt)]
-            reference = tokenizer.decode(held_out.completion(int(math_records[index])))
+            reference = tokenizer.decode(held_out.completion(int(math_examples[index])))
             right = index not in (2, 4)
             texts.append(reference if right else "I say\n#### -1")
         return texts

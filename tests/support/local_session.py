@@ -1,4 +1,4 @@
-"""A worker's surroundings without Ray, and small runs to put into them."""
+"""A worker's `Session` without Ray, and small runs for it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def small_run(pico: Path, data: Path, method: Any = None, **optimization: Any) -
     )
 
 
-def small_job(run: Run, pico: Path, encoded: Path, out: Path, **execution: Any) -> WorkerSpec:
+def small_spec(run: Run, pico: Path, encoded: Path, out: Path, **execution: Any) -> WorkerSpec:
     out.mkdir(parents=True, exist_ok=True)
     recipe = prompts = None
     if isinstance(run.method, SparseInterpolation):
@@ -99,7 +99,7 @@ def small_job(run: Run, pico: Path, encoded: Path, out: Path, **execution: Any) 
 
 
 def write_prompts(dense: Path, encoded: Path, out: Path) -> Path:
-    """The output of the prompts stage, without Ray."""
+    """Write the output of the prompts stage without Ray; return its folder."""
     model = AutoModelForCausalLM.from_pretrained(dense, attn_implementation=PACKED_ATTENTION)
     out.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):

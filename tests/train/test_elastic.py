@@ -1,4 +1,4 @@
-"""Workers that come and go in mid-run, on a real cluster whose nodes are announced to leave, killed and added."""
+"""Workers that come and go during a run, on a real cluster: nodes announce that they leave, are killed and added."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
 ENDLESS = 50_000
-"""Steps: on no machine does the run end before the nodes have come and gone."""
+"""More steps than any machine finishes before the nodes have come and gone."""
 AGAIN = 20
-"""Steps to see after workers were added."""
+"""Steps to wait for after workers were added."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of checkpoints: what is not in it yet when a node goes is not gone on from."""
+"""Ray Train's list of checkpoints; a run can only resume from those in it."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -47,7 +47,7 @@ def command(folder: Path, pico: Path, data: Path, *more: str) -> list[str]:
 
 
 class Watch:
-    """The steps of a run as they are logged, with the workers that made them."""
+    """Follows the logged steps of a run and the number of workers that took them."""
 
     def __init__(self, storage: Path, process: subprocess.Popen[str]) -> None:
         self.storage, self.process = storage, process
@@ -69,7 +69,7 @@ class Watch:
             time.sleep(0.05)
 
     def attempts(self) -> list[list[tuple[int, int]]]:
-        """Stretches of steps made by the same number of workers."""
+        """Return the steps grouped into stretches with the same number of workers."""
         return [list(some) for _, some in groupby(self.seen, key=lambda now: now[1])]
 
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_while_nodes_leave_and_come(
 
 
 def losses(storage: Path) -> dict[int, float]:
-    """By step, as the run logged them."""
+    """Return the logged losses by step."""
     (file,) = storage.glob("checkpoints/*/metrics.jsonl")
     rows = [r for r in read_rows(file) if "train/loss" in r["metrics"]]
     assert [r["step"] for r in rows] == list(range(1, len(rows) + 1))
@@ -119,7 +119,7 @@ def losses(storage: Path) -> dict[int, float]:
 
 
 def alone(pico: Path, data: Path, storage: Path, steps: int) -> dict[int, float]:
-    """The losses of the first `steps` of the same run in one process, without Ray, undisturbed."""
+    """Return the losses of the first `steps` of the same run in one process, without Ray, undisturbed."""
     (encoded,), (recipe,) = (storage.glob(f"{stage}-*") for stage in ("instructions", "upcycle"))
     (out := storage / "alone").mkdir()
     constant = {"learning_rate": 1e-4, "schedule": "constant", "warmup_fraction": 0}
@@ -132,7 +132,7 @@ def alone(pico: Path, data: Path, storage: Path, steps: int) -> dict[int, float]
 
 
 def announce(cluster: Cluster, resource: str) -> None:
-    """What a cloud's notice comes to in Ray: the node that has `resource` is drained, in 15 seconds."""
+    """Drain the node that has `resource` in 15 seconds, as Ray does on a cloud's notice."""
     find = f"""
 import ray
 ray.init(address={cluster.address!r}, log_to_driver=False)

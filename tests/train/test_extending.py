@@ -1,4 +1,4 @@
-"""docs/extending.md: its method, put into a copy of the package as it says, trains, resumes and exports."""
+"""docs/extending.md: its method, added to a copy of the package as described, trains, resumes and exports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from support.local_session import LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LocalSession, environment, free_port, small_spec, small_run
 from torch import multiprocessing as mp
 
 from raymoe.config import Run, replace, validate
@@ -44,7 +44,7 @@ def run(z_loss):
 def train(name, z_loss, rank=0, world=1, checkpoint=None, resume=False, stop_after=None, **execution):
     session = LocalSession(checkpoint, resume, stop_after)
     session.rank, session.world_size = rank, world
-    spec = small_job(run(z_loss), pico, out / "data", out / name, **execution)
+    spec = small_spec(run(z_loss), pico, out / "data", out / name, **execution)
     trainer = worker.Trainer(spec, session)
     trainer.restore()
     with suppress(KeyboardInterrupt):
@@ -87,7 +87,7 @@ if __name__ == "__main__":
 
 
 def with_hunks(text: str, diff: str) -> str:
-    """`text` with the hunks of a diff without line numbers, each of which fits in one place."""
+    """Return `text` patched with a diff without line numbers, of which each hunk fits in exactly one place."""
     for hunk in diff.split("@@\n"):
         lines = [line or " " for line in hunk.splitlines()]
         old, new = ("".join(f"{x[1:]}\n" for x in lines if x[0] in kept) for kept in (" -", " +"))
@@ -98,7 +98,7 @@ def with_hunks(text: str, diff: str) -> str:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the package to which the page's method was added: in two files."""
+    """Return a folder with a copy of the package to which the page's method was added, in two files."""
     root = tmp_path_factory.mktemp("extended")
     shutil.copytree(ROOT / "raymoe", root / "raymoe", ignore=shutil.ignore_patterns("__pycache__"))
     blocks = BLOCK.findall((ROOT / "docs" / "extending.md").read_text())
@@ -122,7 +122,7 @@ def run(extended: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(extended: Path, pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of the page's method: `free` (no z-loss), `whole`, `first` and `resumed`, likewise with ZeRO-3."""
+    """Return the results of the page's method: `free` (no z-loss), `whole`, `first`, `resumed`; also with ZeRO-3."""
     out = tmp_path_factory.mktemp("trained")
     (extended / "script.py").write_text(SCRIPT)
     run(extended, "script.py", str(pico), str(data_folder), str(out))
@@ -130,14 +130,14 @@ def trained(extended: Path, pico: Path, data_folder: Path, tmp_path_factory: pyt
 
 
 def steps(trained: Path, name: str) -> dict[int, dict[str, float]]:
-    """Metrics of every training step."""
+    """Return the metrics of every training step."""
     rows: list[tuple[int, dict[str, float]]] = json.loads((trained / f"{name}.json").read_text())
     return {step: metrics for step, metrics in rows if "train/loss" in metrics}
 
 
 @pytest.mark.slow
 def test_its_loss_is_the_formula_and_holds_the_logits_down(trained: Path) -> None:
-    """Small random rows, four experts: the logits are near 0 at the start, so the z-loss is near (log 4)^2."""
+    """With small random rows and four experts the initial logits are near 0, so the z-loss is near (log 4)^2."""
     whole, free = steps(trained, "whole"), steps(trained, "free")
     assert whole[1]["train/router_z_loss"] == pytest.approx(math.log(4) ** 2, rel=0.1)
     assert whole[1]["train/router_z_loss"] == pytest.approx(free[1]["train/router_z_loss"], rel=1e-6)

@@ -1,4 +1,4 @@
-"""A sweep whose parts are killed, one after the other, on a real cluster: nothing is lost and no result differs."""
+"""A sweep whose processes are killed one after the other on a real cluster: nothing is lost, no result differs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raymoe.train.worker import train
 
 pytestmark = pytest.mark.slow
 STEPS = 200
-"""More than the trials make between one fault and the next, however fast the machine."""
+"""More than the trials take between two faults, however fast the machine."""
 SWEEP = """
 from raymoe.config import replace
 from raymoe import Sweep
@@ -50,7 +50,7 @@ def settings(folder: Path, pico: Path, data: Path) -> list[str]:
 def undisturbed(
     storage: Path, row: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> list[dict[str, float]]:
-    """The evaluations of the same run in one process, without Ray."""
+    """Return the evaluations of the same run in one process, without Ray."""
     environment(monkeypatch.setenv, 0, 1, free_port())
     trained = Path(row["model"]).parent
     run = Run.model_validate_json((trained / "run.json").read_text())
@@ -58,8 +58,8 @@ def undisturbed(
     prompts = next(storage.glob("prompts-*")) if run.method.name == "simoe" else None
     out = storage / f"alone-{run.method.name}"
     out.mkdir()
-    job = WorkerSpec(run, Execution(micro_batch=1), Path(run.model.name), None, data, out, prompts)
-    return train(job, LocalSession())
+    spec = WorkerSpec(run, Execution(micro_batch=1), Path(run.model.name), None, data, out, prompts)
+    return train(spec, LocalSession())
 
 
 def test_a_sweep_whose_parts_are_killed(

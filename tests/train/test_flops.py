@@ -27,7 +27,7 @@ def sparse(folder: Path, num_experts: int = 4, top_k: int = 1) -> PreTrainedMode
 
 
 def formula(head_dim: int, experts: int = 1, router: int = 0, extra: int = 0) -> int:
-    """Attention, `experts` FFNs, router rows, norms and LM head."""
+    """Count the parameters of attention, `experts` FFNs, router rows, norms and LM head."""
     attention = 2 * D * HEADS * head_dim + 2 * D * KV_HEADS * head_dim
     layer = attention + experts * 3 * D * F + router * D + 2 * D + extra
     return L * layer + D + V * D
@@ -52,7 +52,7 @@ def test_active_parameters_of_upcycled_models(pico: Path, num_experts: int, top_
 
 
 def counted(model: PreTrainedModel) -> int:
-    """FLOPs of one forward pass over one sequence as PyTorch counts them."""
+    """Return PyTorch's own count of the FLOPs of a forward pass over one sequence."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(LENGTH)[None], use_cache=False)
     return counter.get_total_flops()
@@ -60,8 +60,8 @@ def counted(model: PreTrainedModel) -> int:
 
 @pytest.mark.parametrize(("num_experts", "top_k"), [(0, 1), (4, 1), (4, 2)])
 def test_three_times_what_pytorch_counts_forward(pico: Path, num_experts: int, top_k: int) -> None:
-    """But for two differences: PyTorch counts attention without its causal mask, that is twice, and raymoe
-    counts the norms' parameters as if they were multiplied."""
+    """Except for two differences: PyTorch ignores the causal mask, so it counts attention twice, and raymoe counts
+    the norms' parameters as if they were multiplied."""
     model = sparse(pico, num_experts, top_k) if num_experts else dense(pico)
     norms = sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
     causal = L * 4 * LENGTH * LENGTH * (HEADS * 8) / 2

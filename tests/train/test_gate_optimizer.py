@@ -1,4 +1,4 @@
-"""The gates' optimizer against its formulas written out, and the properties it is there for."""
+"""The gates' optimizer against its formulas written out, and the properties it was made for."""
 
 from __future__ import annotations
 

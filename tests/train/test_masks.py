@@ -1,4 +1,4 @@
-"""SIMoE's training against the paper's formulas written out, itself resumed, and itself on other workers."""
+"""SIMoE's training against the paper's formulas written out, and against itself resumed and on two workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.local_session import LENGTH, LocalSession, small_job, small_run
+from support.local_session import LENGTH, LocalSession, small_run, small_spec
 from support.workers import Rows, rows_of_workers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -37,12 +37,12 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dict[str, float]]:
-    """The same training with torch and stock transformers alone, one example and one whole theta(x) at a time."""
+    """Train likewise with torch and stock transformers alone, one example and one full theta(x) at a time."""
     method, o = run.method, run.optimization
     assert isinstance(method, SparseInterpolation)
     model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation="eager")
     dense = {name: p.detach() for name, p in model.named_parameters()}
-    layout = gate_layout(model)  # its columns' order alone: which gates are drawn how is a convention
+    layout = gate_layout(model)  # only for the order of columns, which is a convention
     delta = {
         s.name + ".weight": torch.zeros_like(dense[s.name + ".weight"], requires_grad=True)
         for s in layout.spans
@@ -64,21 +64,21 @@ def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dic
         u = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(number))
         s = torch.sigmoid((u.log() - (1 - u).log() + log_alpha) / (2 / 3))
         z = (s * 1.2 - 0.1).clamp(0, 1)
-        records = [int(r) for window in order.sequences(step) for r in window]
-        total = sum(len(data.completion(r)) for r in records)
+        examples = [int(i) for sequence in order.sequences(step) for i in sequence]
+        total = sum(len(data.completion(i)) for i in examples)
         nll = torch.zeros(())
-        for r in records:
-            x = F.layer_norm(torch.tensor(rows[r]), (32,), h.norm.weight, h.norm.bias)
+        for i in examples:
+            x = F.layer_norm(torch.tensor(rows[i]), (32,), h.norm.weight, h.norm.bias)
             a = (h.layers[0].weight @ x + h.layers[0].bias).softmax(-1)
             parts = (a @ z).split(layout.widths)
             theta = {
                 n: dense[n] + c * delta[n] for (n, c) in zip(delta, parts, strict=True)
             }  # c: input columns
-            ids = torch.tensor(data.example(r), dtype=torch.long)[None]
+            ids = torch.tensor(data.example(i), dtype=torch.long)[None]
             labels = ids.clone()
-            labels[:, : int(data.prompt_lengths[r])] = -100
+            labels[:, : int(data.prompt_lengths[i])] = -100
             out: Any = torch.func.functional_call(model, theta, kwargs={"input_ids": ids, "labels": labels})
-            nll = nll + out.loss * len(data.completion(r)) / total
+            nll = nll + out.loss * len(data.completion(i)) / total
         closed = 1 - torch.sigmoid(log_alpha - (2 / 3) * np.log(0.1 / 1.1))
         expected = (closed.prod(0) ** (1 / method.num_experts) * owned).sum() / owned.sum()
         tau = method.sparsity_target * min(1.0, (step + 1) / (method.sparsity_warmup * order.total_steps))
@@ -116,7 +116,7 @@ def _written_out(run: Run, pico: Path, encoded: Path, prompts: Path) -> list[dic
 
 
 def _share_dead(log_alpha: torch.Tensor, owned: torch.Tensor) -> float:
-    """Of the parameters, those whose gate is 0 in all experts."""
+    """Return the share of parameters whose gate is 0 in all experts."""
     dead = ((torch.sigmoid(log_alpha.detach()) * 1.2 - 0.1).clamp(0, 1) == 0).all(0)
     return float(owned[dead].sum() / owned.sum())
 
@@ -131,7 +131,7 @@ def test_training_equals_the_formulas_written_out(
 ) -> None:
     run = small_run(pico, data_folder, METHOD, epsilon=1e-5)  # gradients of 0 +- rounding stay near 0
     session = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "out", simoe_form=form), session)
+    train(small_spec(run, pico, encoded, tmp_path / "out", simoe_form=form), session)
     expected = _written_out(run, pico, encoded, tmp_path / "out" / "prompts")
     assert len(expected) == 6
     for ours, theirs in zip(_rows(session), expected, strict=True):
@@ -139,7 +139,7 @@ def test_training_equals_the_formulas_written_out(
             assert ours[name] == pytest.approx(value, abs=1e-4, rel=1e-4), name
     assert (
         expected[-1]["train/loss"] < expected[0]["train/loss"] - 0.1
-    )  # it learns, so equality says something
+    )  # it learns, so equality means something
     assert 0 < expected[-1]["masks/sparsity"] < 1
 
 
@@ -148,9 +148,9 @@ def test_it_starts_as_the_dense_model_whose_weights_stay(
 ) -> None:
     run = small_run(pico, data_folder, METHOD)
     session = LocalSession()
-    trainer = Trainer(small_job(run, pico, encoded, tmp_path / "out"), session)
+    trainer = Trainer(small_spec(run, pico, encoded, tmp_path / "out"), session)
     dense = LocalSession()
-    train(small_job(small_run(pico, data_folder), pico, encoded, tmp_path / "dense"), dense)
+    train(small_spec(small_run(pico, data_folder), pico, encoded, tmp_path / "dense"), dense)
     trainer.milestone()
     assert session.rows[0][1]["eval/loss"] == pytest.approx(dense.rows[0][1]["eval/loss"], abs=1e-6)
     while trainer.state.step < 6:
@@ -175,12 +175,12 @@ def test_a_resumed_run_has_the_identical_next_losses_and_multipliers(
     run = small_run(pico, data_folder, method, warmup_fraction=0.0)
     options = {"zero_stage": zero_stage, "checkpoint_every": 2}
     whole = LocalSession()
-    measured = train(small_job(run, pico, encoded, tmp_path / "a", **options), whole)
+    measured = train(small_spec(run, pico, encoded, tmp_path / "a", **options), whole)
     stopped = LocalSession(tmp_path / "checkpoint", stop_after=4)
     with pytest.raises(KeyboardInterrupt):
-        train(small_job(run, pico, encoded, tmp_path / "a", **options), stopped)
+        train(small_spec(run, pico, encoded, tmp_path / "a", **options), stopped)
     resumed = LocalSession(tmp_path / "checkpoint", resume=True)
-    again = train(small_job(run, pico, encoded, tmp_path / "b", **options), resumed)
+    again = train(small_spec(run, pico, encoded, tmp_path / "b", **options), resumed)
     assert [_timeless(e) for e in again] == [_timeless(e) for e in measured]
     assert measured[-1]["masks/saturated_early"] % 1 > 0
     later = [_timeless(m) for m in _rows(whole)[4:]]
@@ -199,7 +199,7 @@ def test_a_checkpoint_leaves_the_frozen_weights_out(
 ) -> None:
     session = LocalSession(tmp_path / "checkpoint")
     train(
-        small_job(small_run(pico, data_folder, METHOD), pico, encoded, tmp_path / "out", zero_stage=1),
+        small_spec(small_run(pico, data_folder, METHOD), pico, encoded, tmp_path / "out", zero_stage=1),
         session,
     )
     (file,) = (tmp_path / "checkpoint").rglob("mp_rank_00_model_states.pt")
@@ -222,8 +222,8 @@ def test_execution_changes_nothing(
 ) -> None:
     run = small_run(pico, data_folder, METHOD)
     sessions = LocalSession(), LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "a", micro_batch=1), sessions[0])
-    train(small_job(run, pico, encoded, tmp_path / "b", **{"micro_batch": 1, **setting}), sessions[1])
+    train(small_spec(run, pico, encoded, tmp_path / "a", micro_batch=1), sessions[0])
+    train(small_spec(run, pico, encoded, tmp_path / "b", **{"micro_batch": 1, **setting}), sessions[1])
     one, other = (_rows(session) for session in sessions)
     for a, b in zip(one, other, strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], abs=1e-4)
@@ -236,15 +236,15 @@ def test_bfloat16_trains_with_gates_in_float32(
 ) -> None:
     run = small_run(pico, data_folder, METHOD, learning_rate=1e-3)
     full, half = LocalSession(), LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "full"), full)
-    job = small_job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
-    trainer = Trainer(job, LocalSession())
+    train(small_spec(run, pico, encoded, tmp_path / "full"), full)
+    spec = small_spec(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
+    trainer = Trainer(spec, LocalSession())
     masks = trainer.extension
     assert isinstance(masks, MaskTrainer)
     assert {p.dtype for p in [masks.gates.log_alpha, *masks.router.parameters()]} == {torch.float32}
     assert {p.dtype for p in trainer.engine.module.model.parameters()} == {torch.bfloat16}
-    train(job, half)
-    page = small_job(job.run, pico, encoded, tmp_path / "page", zero_stage=3, activation_checkpointing=True)
+    train(spec, half)
+    page = small_spec(spec.run, pico, encoded, tmp_path / "page", zero_stage=3, activation_checkpointing=True)
     as_the_page = LocalSession()
     train(page, as_the_page)
     for ours, exact in zip(_rows(as_the_page), _rows(half), strict=True):
@@ -262,7 +262,7 @@ def test_the_sparsity_target_is_reached(
 ) -> None:
     method = SparseInterpolation(num_experts=3, sparsity_target=target, sparsity_scope=scope)
     run = small_run(pico, data_folder, method, max_steps=60, num_epochs=30, learning_rate=1e-3)
-    evaluations = train(small_job(run, pico, encoded, tmp_path / "out"), LocalSession())
+    evaluations = train(small_spec(run, pico, encoded, tmp_path / "out"), LocalSession())
     assert evaluations[-1]["masks/sparsity"] == pytest.approx(target, abs=0.02)  # of 640 gates
     description = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert np.mean(description["sparsity"][scope]) == pytest.approx(evaluations[-1]["masks/sparsity"])
@@ -274,12 +274,12 @@ def two_workers(
 ) -> dict[int, Rows]:
     """By ZeRO stage, what the first of two workers logged."""
     root, run = tmp_path_factory.mktemp("two"), small_run(pico, data_folder, METHOD)
-    jobs = {z: small_job(run, pico, encoded, root / str(z), zero_stage=z) for z in (1, 3)}
+    specs = {z: small_spec(run, pico, encoded, root / str(z), zero_stage=z) for z in (1, 3)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "compiled"))
-        rows = rows_of_workers([*jobs.values()])
+        rows = rows_of_workers([*specs.values()])
     assert not (root / "compiled").exists()  # DeepSpeed's collectives of its own take a minute of g++
-    return dict(zip(jobs, rows, strict=True))
+    return dict(zip(specs, rows, strict=True))
 
 
 @pytest.mark.slow
@@ -294,7 +294,7 @@ def test_two_workers_give_the_losses_of_one(
 ) -> None:
     run = small_run(pico, data_folder, METHOD)
     alone = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
+    train(small_spec(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
     rows = [m for _, m in two_workers[zero_stage] if "train/loss" in m]
     last = two_workers[zero_stage][-1][1]
     for ours, one in zip(rows, _rows(alone), strict=True):
@@ -311,6 +311,6 @@ def test_a_mask_learning_rate_that_saturates_the_gates_is_told(
     for rate in (0.01, 50.0):
         method = METHOD.model_copy(update={"mask_learning_rate": rate})
         run = small_run(pico, data_folder, method, warmup_fraction=0.0)
-        evaluations = train(small_job(run, pico, encoded, tmp_path / str(rate)), LocalSession())
+        evaluations = train(small_spec(run, pico, encoded, tmp_path / str(rate)), LocalSession())
         early[rate] = evaluations[-1]["masks/saturated_early"]
     assert early[0.01] < 0.1 and early[50.0] > 0.5

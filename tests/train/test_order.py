@@ -42,12 +42,12 @@ def order(encoded: Encoded, seed: int = 0, **settings: Any) -> Order:
 
 
 def batches(order: Order) -> list[list[tuple[int, ...]]]:
-    """Records of every window of every step."""
-    return [[tuple(w.tolist()) for w in order.sequences(step)] for step in range(order.total_steps)]
+    """Return the examples of every packed sequence of every step."""
+    return [[tuple(packed.tolist()) for packed in order.sequences(step)] for step in range(order.total_steps)]
 
 
-def windows(order: Order) -> list[tuple[int, ...]]:
-    return [window for batch in batches(order) for window in batch]
+def sequences(order: Order) -> list[tuple[int, ...]]:
+    return [packed for batch in batches(order) for packed in batch]
 
 
 # ---- what a step trains on
@@ -56,15 +56,15 @@ def windows(order: Order) -> list[tuple[int, ...]]:
 def test_a_step_is_a_function_of_seed_and_step_alone() -> None:
     whole = batches(order(varied(), batch_size=8, num_epochs=2.5))
     resumed = order(varied(), batch_size=8, num_epochs=2.5)
-    for step in reversed(range(len(whole))):  # whatever came before
-        assert [tuple(w.tolist()) for w in resumed.sequences(step)] == whole[step]
+    for step in reversed(range(len(whole))):  # in any order
+        assert [tuple(packed.tolist()) for packed in resumed.sequences(step)] == whole[step]
     assert batches(order(varied(), seed=1, batch_size=8, num_epochs=2.5)) != whole
 
 
-def test_the_batch_size_does_not_change_the_sequence_of_windows() -> None:
-    one = windows(order(varied(), batch_size=1, num_epochs=2))
+def test_the_batch_size_does_not_change_the_order_of_sequences() -> None:
+    one = sequences(order(varied(), batch_size=1, num_epochs=2))
     for size in (2, 3, 8):
-        some = windows(order(varied(), batch_size=size, num_epochs=2))
+        some = sequences(order(varied(), batch_size=size, num_epochs=2))
         assert some == one[: len(some)]
         assert len(one) - len(some) < size
 
@@ -78,36 +78,36 @@ def test_workers_share_the_global_batch_whatever_their_number(workers: int) -> N
             batch = data.sequences(step)
             shares = [batch[rank::workers] for rank in range(workers)]
             assert max(len(share) for share in shares) <= size * passes < max(map(len, shares)) + passes
-            assert Counter(id(w) for share in shares for w in share) == Counter(map(id, batch))
+            assert Counter(id(packed) for share in shares for packed in share) == Counter(map(id, batch))
 
 
-def test_every_epoch_trains_on_every_record_once_in_another_order() -> None:
+def test_every_epoch_trains_on_every_example_once_in_another_order() -> None:
     encoded = varied()
-    data = windows(order(encoded, batch_size=1, num_epochs=3))
+    data = sequences(order(encoded, batch_size=1, num_epochs=3))
     epochs, seen = [], Counter[int]()
-    for window in data:
-        assert sum(encoded.lengths[list(window)]) <= MAX_LENGTH
+    for packed in data:
+        assert sum(encoded.lengths[list(packed)]) <= MAX_LENGTH
         if not seen or sum(seen.values()) == len(encoded):
             seen = Counter()
             epochs.append((seen, []))
-        seen.update(window)
-        epochs[-1][1].extend(window)
+        seen.update(packed)
+        epochs[-1][1].extend(packed)
     assert len(epochs) == 3
     for counts, _ in epochs:
         assert counts == Counter(range(len(encoded)))
-    assert len({tuple(sequence) for _, sequence in epochs}) == 3
+    assert len({tuple(ordered) for _, ordered in epochs}) == 3
 
 
-# ten records that fill a window each: an epoch is ten steps of one window
+# ten examples that fill a sequence each: an epoch is ten steps of one sequence
 @pytest.mark.parametrize(
     ("epochs", "steps"), [(1, 10), (0.5, 5), (0.05, 1), (0.31, 4), (1.1, 11), (2.2, 22), (2.25, 23), (3, 30)]
 )
 def test_a_partial_epoch_trains_on_its_share(epochs: float, steps: int) -> None:
     encoded = examples([MAX_LENGTH] * 10)
-    data = windows(order(encoded, batch_size=1, num_epochs=epochs))
+    data = sequences(order(encoded, batch_size=1, num_epochs=epochs))
     assert len(data) == steps == math.ceil(round(10 * epochs, 6))
-    counts = Counter(record for window in data for record in window)
-    assert max(counts.values()) - min(counts.get(r, 0) for r in range(10)) <= 1
+    counts = Counter(example for packed in data for example in packed)
+    assert max(counts.values()) - min(counts.get(i, 0) for i in range(10)) <= 1
 
 
 def test_steps_end_with_the_epochs_or_before() -> None:
@@ -120,10 +120,10 @@ def test_steps_end_with_the_epochs_or_before() -> None:
     assert limited == batches(order(encoded, batch_size=4, num_epochs=100))[:3]
 
 
-def test_fewer_windows_than_a_batch_are_repeated() -> None:
+def test_fewer_sequences_than_a_batch_are_repeated() -> None:
     data = order(examples([MAX_LENGTH] * 3), batch_size=8)
     assert data.total_steps == 1
-    counts = Counter(windows(data))
+    counts = Counter(sequences(data))
     assert set(counts) == {(0,), (1,), (2,)}
     assert sorted(counts.values()) == [2, 3, 3]
 
@@ -132,7 +132,7 @@ def test_fewer_windows_than_a_batch_are_repeated() -> None:
 
 
 def reference(schedule: str, warmup: int, total: int, peak: float) -> list[float]:
-    """transformers' learning rate before each of `total` optimizer steps."""
+    """Return transformers' learning rate before each of `total` optimizer steps."""
     makers: dict[str, Callable[[Any], Any]] = {
         "cosine": lambda o: get_cosine_schedule_with_warmup(o, warmup, total),
         "linear": lambda o: get_linear_schedule_with_warmup(o, warmup, total),
@@ -153,9 +153,9 @@ def reference(schedule: str, warmup: int, total: int, peak: float) -> list[float
 def test_schedules_are_those_of_transformers_without_its_idle_first_step(
     schedule: str, fraction: float, total: int
 ) -> None:
-    """After the warm-up equal; in it, step s of w has (s + 1) / (w + 1) of the peak where transformers has s / w.
+    """Equal after the warm-up; within it, step s of w has (s + 1) / (w + 1) of the peak where transformers has s / w.
 
-    So with one more step of warm-up and in all, transformers' steps from its second on.
+    So the rates are those of transformers from its second step on, with one more step of warm-up and in total.
     """
     warmup = round(fraction * total)
     settings = Optimization(learning_rate=3e-4, schedule=schedule, warmup_fraction=fraction)  # type: ignore[arg-type]
@@ -188,6 +188,6 @@ def test_micro_batches_are_as_few_as_fit() -> None:
         for workers in range(1, 9):
             for limit in range(1, 26):
                 size, passes = micro_batches(batch_size, workers, limit)
-                share = -(-batch_size // workers)  # of the worker that has most
+                share = -(-batch_size // workers)  # of the worker with the most sequences
                 assert size <= limit and share <= size * passes < share + passes
                 assert (passes - 1) * limit < share

@@ -1,6 +1,6 @@
-"""A checkpoint of n workers goes on with m: every ZeRO stage, upcycled and SIMoE models, to float tolerance.
+"""A checkpoint of n workers resumes on m: every ZeRO stage, upcycled and SIMoE models, to float tolerance.
 
-`pytest tests/train/test_reshard.py -s` prints the matrix, `RAYMOE_TEST_WORKERS=1,2,4` of other numbers of workers.
+`pytest tests/train/test_reshard.py -s` prints the matrix, `RAYMOE_TEST_WORKERS=1,2,4` sets the numbers of workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.local_session import LocalSession, environment, free_port, small_job, small_run
+from support.local_session import LocalSession, environment, free_port, small_run, small_spec
 from torch import multiprocessing as mp
 
 from raymoe.config import Evaluation
@@ -30,16 +30,16 @@ METHODS = {
 }
 STAGES = (0, 1, 2, 3)
 WORKERS = tuple(map(int, os.environ.get("RAYMOE_TEST_WORKERS", "1,3").split(",")))
-"""Three can't share the batch of four evenly: two of them have nothing to do in the second pass."""
+"""Three can't share the batch of four evenly: two of them are idle in the second pass."""
 HALF, STEPS = 3, 6
 
 
 @dataclass(frozen=True)
 class Leg:
-    """Half of a run, or all of it: until the checkpoint, or on from it."""
+    """Part of a run, up to the checkpoint or from it, or all of it."""
 
     name: str
-    job: WorkerSpec
+    spec: WorkerSpec
     checkpoint: Path
     resumes: bool
     ends: int
@@ -47,7 +47,7 @@ class Leg:
 
 
 class Reader(LocalSession):
-    """Goes on from a checkpoint, which others read too, and leaves it as it is."""
+    """Resumes from a checkpoint that others read too, and writes none."""
 
     def report(self, metrics: Mapping[str, float], save: Callable[[Path], None] | None) -> None:
         super().report(metrics, None)
@@ -57,7 +57,7 @@ def _train(leg: Leg, rank: int, world: int) -> None:
     session = (Reader if leg.resumes else LocalSession)(leg.checkpoint, leg.resumes, stop_after=leg.ends)
     session.rank, session.world_size = rank, world
     with suppress(KeyboardInterrupt):
-        train(leg.job, session)
+        train(leg.spec, session)
     if rank == 0:
         leg.losses.write_text(json.dumps(session.losses()))
 
@@ -75,7 +75,7 @@ def _losses(leg: Leg) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def jobs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WorkerSpec]:
+def specs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WorkerSpec]:
     root = tmp_path_factory.mktemp("reshard")
     prepare(small_run(pico, data_folder).data, pico, root / "data", corpus=None, seed=0)
     made = {}
@@ -83,7 +83,7 @@ def jobs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
         run = small_run(pico, data_folder, METHODS[method], max_steps=STEPS)
         run = run.model_copy(update={"evaluation": Evaluation(milestones=(1.0,), generation_examples=0)})
         out = root / f"{method}-{stage}"
-        made[f"{method}-{stage}"] = small_job(
+        made[f"{method}-{stage}"] = small_spec(
             run, pico, root / "data", out, zero_stage=stage, checkpoint_every=HALF, micro_batch=1
         )
     return made
@@ -91,20 +91,20 @@ def jobs(pico: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.slow
 def test_a_checkpoint_of_any_number_of_workers_goes_on_with_any_other(
-    jobs: dict[str, WorkerSpec], tmp_path: Path
+    specs: dict[str, WorkerSpec], tmp_path: Path
 ) -> None:
     def leg(name: str, writers: int, readers: int | None) -> Leg:
         file = tmp_path / f"{name}-{writers}-{readers}.json"
         checkpoint = tmp_path / f"{name}-{writers}"
-        return Leg(name, jobs[name], checkpoint, bool(readers), HALF if not readers else STEPS, file)
+        return Leg(name, specs[name], checkpoint, bool(readers), HALF if not readers else STEPS, file)
 
     whole = {
-        n: Leg(n, jobs[n], tmp_path / f"{n}-whole", False, STEPS, tmp_path / f"{n}.json")
+        n: Leg(n, specs[n], tmp_path / f"{n}-whole", False, STEPS, tmp_path / f"{n}.json")
         for n in (f"{m}-0" for m in METHODS)
     }
-    first = {world: [leg(name, world, None) for name in jobs] for world in WORKERS}
+    first = {world: [leg(name, world, None) for name in specs] for world in WORKERS}
     then = {
-        (writers, readers): [leg(name, writers, readers) for name in jobs]
+        (writers, readers): [leg(name, writers, readers) for name in specs]
         for writers, readers in product(WORKERS, WORKERS)
         if writers != readers
     }
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_any_number_of_workers_goes_on_with_any_other(
 
     undisturbed = {leg.name.partition("-")[0]: _losses(leg) for leg in whole.values()}
     print(f"\n{'ZeRO':<10}" + "".join(f"{n} -> {m:<7}" for n, m in then))
-    for name in jobs:
+    for name in specs:
         reference = undisturbed[name.partition("-")[0]]
         apart = []
         for each in then.values():

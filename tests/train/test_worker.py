@@ -1,4 +1,4 @@
-"""The training loop against a bare PyTorch loop, itself resumed, and itself on other numbers of workers."""
+"""The training loop against a bare PyTorch loop, and against itself resumed and on other numbers of workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.local_session import LENGTH, LocalSession, small_job, small_run
+from support.local_session import LENGTH, LocalSession, small_run, small_spec
 from support.workers import Rows, rows_of_workers
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
-    """The same training written out with torch and stock transformers alone, one example at a time."""
+    """Train likewise with torch and stock transformers alone, one example at a time; return the losses."""
     model = AutoModelForCausalLM.from_pretrained(pico, attn_implementation="eager")
     o = run.optimization
     optimizer = torch.optim.AdamW(
@@ -36,14 +36,14 @@ def _bare_loop(run: Run, pico: Path, encoded: Path) -> list[float]:
     order = Order(data, LENGTH, o, run.seed)
     losses = []
     for step in range(order.total_steps):
-        records = [int(r) for window in order.sequences(step) for r in window]
-        total = sum(len(data.completion(r)) for r in records)
+        examples = [int(i) for sequence in order.sequences(step) for i in sequence]
+        total = sum(len(data.completion(i)) for i in examples)
         loss = torch.zeros(())
-        for r in records:
-            ids = torch.tensor(data.example(r), dtype=torch.long)[None]
+        for i in examples:
+            ids = torch.tensor(data.example(i), dtype=torch.long)[None]
             labels = ids.clone()
-            labels[:, : int(data.prompt_lengths[r])] = -100
-            count = len(data.completion(r))
+            labels[:, : int(data.prompt_lengths[i])] = -100
+            count = len(data.completion(i))
             loss = loss + model(input_ids=ids, labels=labels).loss * count / total
         optimizer.zero_grad()
         loss.backward()
@@ -61,11 +61,11 @@ def test_dense_training_equals_a_bare_pytorch_loop(
 ) -> None:
     run = small_run(pico, data_folder, weight_decay=0.1)
     session = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "out", zero_stage=zero_stage), session)
+    train(small_spec(run, pico, encoded, tmp_path / "out", zero_stage=zero_stage), session)
     expected = _bare_loop(run, pico, encoded)
     assert len(expected) == 6
     assert list(session.losses().values()) == pytest.approx(expected, abs=2e-4)
-    assert expected[-1] < expected[0] - 0.1  # it learns, so equality says something
+    assert expected[-1] < expected[0] - 0.1  # it learns, so equality means something
 
 
 def test_a_sparse_run_starts_where_the_dense_one_does(
@@ -74,7 +74,9 @@ def test_a_sparse_run_starts_where_the_dense_one_does(
     first = {}
     for method in (Dense(), SparseUpcycling(num_experts=4, load_balance_alpha=0.0)):
         session = LocalSession()
-        train(small_job(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session)
+        train(
+            small_spec(small_run(pico, data_folder, method), pico, encoded, tmp_path / method.name), session
+        )
         first[method.name] = session.rows
     dense, sparse = first["dense"], first["su"]
     assert sparse[0][1]["eval/loss"] == pytest.approx(dense[0][1]["eval/loss"], abs=1e-5)
@@ -89,7 +91,7 @@ def test_load_balance_weight_lowers_the_load_balance_loss(
     for alpha in (0.0, 10.0):
         session = LocalSession()
         method = SparseUpcycling(num_experts=4, load_balance_alpha=alpha, router_std=1.0)
-        train(small_job(small_run(pico, data_folder, method), pico, encoded, tmp_path / str(alpha)), session)
+        train(small_spec(small_run(pico, data_folder, method), pico, encoded, tmp_path / str(alpha)), session)
         last[alpha] = [m["train/load_balance_loss"] for _, m in session.rows if "train/loss" in m]
     assert last[0.0][0] == pytest.approx(last[10.0][0], abs=1e-5)  # the same start
     assert last[10.0][-1] < last[0.0][-1] - 0.01
@@ -100,14 +102,14 @@ def test_a_resumed_run_has_the_identical_next_losses(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path, zero_stage: int
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
-    job = small_job(run, pico, encoded, tmp_path / "a", zero_stage=zero_stage, checkpoint_every=2)
+    spec = small_spec(run, pico, encoded, tmp_path / "a", zero_stage=zero_stage, checkpoint_every=2)
     whole = LocalSession()
-    train(job, whole)
+    train(spec, whole)
     stopped = LocalSession(tmp_path / "checkpoint", stop_after=4)
     with pytest.raises(KeyboardInterrupt):
-        train(job, stopped)
+        train(spec, stopped)
     resumed = LocalSession(tmp_path / "checkpoint", resume=True)
-    again = small_job(run, pico, encoded, tmp_path / "b", zero_stage=zero_stage, checkpoint_every=2)
+    again = small_spec(run, pico, encoded, tmp_path / "b", zero_stage=zero_stage, checkpoint_every=2)
     evaluations = train(again, resumed)
     assert resumed.resumed_at == 4
     assert resumed.losses() == {step: loss for step, loss in whole.losses().items() if step > 4}
@@ -125,7 +127,7 @@ def test_the_exported_folder_measures_in_stock_transformers_as_in_training(
     pico: Path, data_folder: Path, encoded: Path, tmp_path: Path
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4))
-    evaluations = train(small_job(run, pico, encoded, tmp_path / "out"), LocalSession())
+    evaluations = train(small_spec(run, pico, encoded, tmp_path / "out"), LocalSession())
     measured = evaluate_folder(tmp_path / "out" / "model", encoded, run)
     for name, value in measured.items():
         assert value == pytest.approx(evaluations[-1][name], abs=1e-5), name
@@ -142,10 +144,10 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_keeps_the_checkpoint(
     run = small_run(pico, data_folder, learning_rate=1e30, warmup_fraction=0.9, schedule="constant")
     session = LocalSession(tmp_path / "checkpoint")
     with pytest.raises(TrainingFailed, match=r"loss is (nan|inf) at step \d"):
-        train(small_job(run, pico, encoded, tmp_path / "out", checkpoint_every=1), session)
+        train(small_spec(run, pico, encoded, tmp_path / "out", checkpoint_every=1), session)
     bad = min(step for step, loss in session.losses().items() if not math.isfinite(loss))
     kept = Trainer(
-        small_job(run, pico, encoded, tmp_path / "again"), LocalSession(tmp_path / "checkpoint", True)
+        small_spec(run, pico, encoded, tmp_path / "again"), LocalSession(tmp_path / "checkpoint", True)
     )
     kept.restore()
     assert kept.state.step == bad - 1
@@ -156,14 +158,14 @@ def test_bfloat16_keeps_rotary_frequencies_and_learns_what_float32_learns(
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4), learning_rate=1e-3)
     full, half = LocalSession(), LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "full"), full)
-    job = small_job(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
-    trainer = Trainer(job, LocalSession())
+    train(small_spec(run, pico, encoded, tmp_path / "full"), full)
+    spec = small_spec(run.model_copy(update={"precision": "bfloat16"}), pico, encoded, tmp_path / "half")
+    trainer = Trainer(spec, LocalSession())
     rotary = trainer.engine.module.model.model.rotary_emb
     reference = AutoModelForCausalLM.from_pretrained(pico).model.rotary_emb
     assert torch.equal(rotary.inv_freq, reference.inv_freq)
     assert trainer.engine.module.model.lm_head.weight.dtype is torch.bfloat16
-    train(job, half)
+    train(spec, half)
     assert list(half.losses().values()) == pytest.approx(list(full.losses().values()), rel=0.02)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "half" / "model")
     assert model.dtype is torch.bfloat16
@@ -176,7 +178,7 @@ def test_activation_checkpointing_changes_nothing(
     losses = []
     for on in (False, True):
         session = LocalSession()
-        train(small_job(run, pico, encoded, tmp_path / str(on), activation_checkpointing=on), session)
+        train(small_spec(run, pico, encoded, tmp_path / str(on), activation_checkpointing=on), session)
         losses.append(list(session.losses().values()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
@@ -188,9 +190,9 @@ def two_workers(
     """By ZeRO stage, what the first of two workers logged, and the model that they wrote."""
     method = SparseUpcycling(num_experts=4, load_balance_alpha=0.1)
     root, run = tmp_path_factory.mktemp("two"), small_run(pico, data_folder, method)
-    jobs = {z: small_job(run, pico, encoded, root / str(z), zero_stage=z) for z in (1, 2, 3)}
-    rows = rows_of_workers([*jobs.values()])
-    return {z: (own, root / str(z) / "model") for z, own in zip(jobs, rows, strict=True)}
+    specs = {z: small_spec(run, pico, encoded, root / str(z), zero_stage=z) for z in (1, 2, 3)}
+    rows = rows_of_workers([*specs.values()])
+    return {z: (own, root / str(z) / "model") for z, own in zip(specs, rows, strict=True)}
 
 
 @pytest.mark.slow
@@ -205,7 +207,7 @@ def test_two_workers_give_the_losses_of_one(
 ) -> None:
     run = small_run(pico, data_folder, SparseUpcycling(num_experts=4, load_balance_alpha=0.1))
     alone = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
+    train(small_spec(run, pico, encoded, tmp_path / "one", zero_stage=0), alone)
     rows, model = two_workers[zero_stage]
     losses, last = [m["train/loss"] for _, m in rows if "train/loss" in m], rows[-1][1]
     assert losses == pytest.approx(list(alone.losses().values()), abs=1e-4)
@@ -220,7 +222,7 @@ def test_two_workers_give_the_losses_of_one(
 
 
 def test_padding_does_not_reach_the_loss(encoded: Path, pico: Path) -> None:
-    """The same examples in windows of any length have the same loss."""
+    """Examples have the same loss in packed sequences of any length."""
     from raymoe.models.causal_loss import CausalLoss
     from raymoe.models.packed_attention import PACKED_ATTENTION
 
@@ -241,7 +243,7 @@ def test_parameters_that_overflow_in_the_last_step_are_not_published(
     )
     session = LocalSession(tmp_path / "checkpoint")
     with pytest.raises(TrainingFailed, match=r"loss is nan|not finite after step 1"):
-        train(small_job(run, pico, encoded, tmp_path / "out"), session)
+        train(small_spec(run, pico, encoded, tmp_path / "out"), session)
     assert not (tmp_path / "out" / "model").exists()
     assert not (tmp_path / "checkpoint").exists()
 
@@ -251,20 +253,21 @@ def test_a_checkpoint_goes_on_at_another_zero_stage_only_where_deepspeed_can_rea
 ) -> None:
     run, checkpoint = small_run(pico, data_folder), tmp_path / "checkpoint"
     whole = LocalSession()
-    train(small_job(run, pico, encoded, tmp_path / "whole"), whole)
+    train(small_spec(run, pico, encoded, tmp_path / "whole"), whole)
     with pytest.raises(KeyboardInterrupt):
         train(
-            small_job(run, pico, encoded, tmp_path / "a", zero_stage=1),
+            small_spec(run, pico, encoded, tmp_path / "a", zero_stage=1),
             LocalSession(checkpoint, stop_after=3),
         )
     with pytest.raises(
-        TrainingFailed, match=r"written with execution.zero_stage 1, this run has 3: go on with 1"
+        TrainingFailed, match=r"written with execution.zero_stage 1, this run has 3: resume with 1"
     ):
         train(
-            small_job(run, pico, encoded, tmp_path / "b", zero_stage=3), LocalSession(checkpoint, resume=True)
+            small_spec(run, pico, encoded, tmp_path / "b", zero_stage=3),
+            LocalSession(checkpoint, resume=True),
         )
     resumed = LocalSession(checkpoint, resume=True)
-    train(small_job(run, pico, encoded, tmp_path / "c", zero_stage=2), resumed)
+    train(small_spec(run, pico, encoded, tmp_path / "c", zero_stage=2), resumed)
     assert list(resumed.losses().values()) == pytest.approx(list(whole.losses().values())[3:], abs=1e-6)
 
 
@@ -273,7 +276,7 @@ def test_a_checkpoint_of_another_run_or_model_is_refused_in_one_line(
 ) -> None:
     run, checkpoint = small_run(pico, data_folder), tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
-        train(small_job(run, pico, encoded, tmp_path / "a"), LocalSession(checkpoint, stop_after=3))
+        train(small_spec(run, pico, encoded, tmp_path / "a"), LocalSession(checkpoint, stop_after=3))
     other = shutil.copytree(pico, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
@@ -281,8 +284,10 @@ def test_a_checkpoint_of_another_run_or_model_is_refused_in_one_line(
         ("rate", small_run(pico, data_folder, learning_rate=1e-3), pico),
         ("model", run, other),
     ):
-        with pytest.raises(TrainingFailed, match=r"^the checkpoint .* is of another run or another model"):
-            train(small_job(run_, dense, encoded, tmp_path / name), LocalSession(checkpoint, resume=True))
+        with pytest.raises(
+            TrainingFailed, match=r"^the checkpoint .* belongs to another run or another model"
+        ):
+            train(small_spec(run_, dense, encoded, tmp_path / name), LocalSession(checkpoint, resume=True))
 
 
 def test_bfloat16_does_not_depend_on_the_micro_batch(
@@ -292,7 +297,7 @@ def test_bfloat16_does_not_depend_on_the_micro_batch(
     norms = []
     for micro_batch in (1, 4):
         session = LocalSession()
-        train(small_job(run, pico, encoded, tmp_path / str(micro_batch), micro_batch=micro_batch), session)
+        train(small_spec(run, pico, encoded, tmp_path / str(micro_batch), micro_batch=micro_batch), session)
         norms.append([m["train/grad_norm"] for _, m in session.rows if "train/grad_norm" in m])
     assert norms[0] == pytest.approx(norms[1], rel=5e-3)
 
@@ -306,6 +311,6 @@ def test_a_run_that_is_given_up_ends_at_its_next_milestone(
 
     session = GivenUp()
     with pytest.raises(TrainingFailed, match=r"^stopped early$"):
-        train(small_job(small_run(pico, data_folder), pico, encoded, tmp_path / "out"), session)
+        train(small_spec(small_run(pico, data_folder), pico, encoded, tmp_path / "out"), session)
     assert list(session.losses()) == [1, 2, 3]
     assert not (tmp_path / "out" / "model").exists()

@@ -36,7 +36,7 @@ def method(gating: str = "straight_through", top_k: int = 1) -> SparseUpcycling:
 
 
 def stock(folder: Path, **keywords: Any) -> PreTrainedModel:
-    """The folder in stock transformers, with no weight missing (but those of no size) and none unknown."""
+    """Load the folder with stock transformers; no weight is missing (but those of size 0) and none unknown."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **keywords)
     parameters = dict(model.named_parameters())
     assert not [name for name in info["missing_keys"] if parameters[name].numel()]
@@ -100,7 +100,7 @@ def test_names_on_disk_are_those_of_save_pretrained(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bfloat16_folder_has_the_dtypes_of_save_pretrained(tmp_path: Path, family: str) -> None:
-    """Ernie keeps its router in float32; what is routed, and computed, is what it is in memory."""
+    """Ernie's router is float32 on disk; routing and outputs are those of the model in memory."""
     dense = write_pico(tmp_path / "float", family)
     AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     materialize(tmp_path / "dense", ROWS, method("straight_through"), tmp_path / "moe")
@@ -133,7 +133,7 @@ def test_settings_that_a_class_holds_are_carried(
 
 
 def different(ffn: FFN, layer: int, expert: int) -> FFN:
-    """Experts of which no two are alike."""
+    """Return an expert that differs from all others."""
     return FFN(*(weight * (1 + layer + expert / 8 + i / 4) for i, weight in enumerate(ffn)))
 
 
@@ -225,7 +225,7 @@ def test_bytes_are_the_same_where_the_kernel_can_not_copy(
 
 
 def trained(dense: Path, gating: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """An upcycled model after training: no two experts alike."""
+    """Return an upcycled model as after training: no two experts alike."""
     model = expand(dense, ROWS, method(gating, top_k=2), dtype).eval()
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
@@ -330,7 +330,7 @@ def test_what_is_there_is_never_overwritten(pico: Path, tmp_path: Path) -> None:
 
 @contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
-    """Writing beyond `num_bytes` of a file fails as on a disk that is full."""
+    """Make writes beyond `num_bytes` of a file fail, as on a full disk."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -350,7 +350,7 @@ def test_a_failing_disk_leaves_nothing_behind(pico: Path, tmp_path: Path) -> Non
 
 
 def test_a_model_larger_than_the_disk_is_refused_at_once(pico: Path, tmp_path: Path) -> None:
-    """A dense model of a terabyte of holes."""
+    """The weights are one sparse file that claims more bytes than the disk has left."""
     dense = tmp_path / "dense"
     shutil.copytree(pico, dense)
     name, rows = "model.layers.0.mlp.down_proj.weight", shutil.disk_usage(tmp_path).free // 4 // 48
@@ -422,7 +422,7 @@ def test_folders_that_are_no_dense_model_are_refused(pico: Path, tmp_path: Path)
 
 
 def mergekit_python() -> str | None:
-    """An interpreter that has mergekit: $RAYMOE_MERGEKIT_PYTHON, or this one."""
+    """Return an interpreter that has mergekit: $RAYMOE_MERGEKIT_PYTHON, or this one."""
     installed = sys.executable if find_spec("mergekit") else None
     return os.environ.get("RAYMOE_MERGEKIT_PYTHON", installed)
 
@@ -432,7 +432,7 @@ def mergekit_python() -> str | None:
 )
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_mergekit_makes_the_same_model(dense_models: dict[str, Path], tmp_path: Path, family: str) -> None:
-    """Every parameter but the router. mergekit upcycles Qwen2 only with a shared expert."""
+    """All parameters but the router's are equal. mergekit upcycles Qwen2 only with a shared expert."""
     dense = dense_models[family]
     recipe = {
         "base_model": str(dense),

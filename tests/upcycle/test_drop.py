@@ -35,7 +35,7 @@ def by_column(ffn: FFN) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def origin(new_FD: Tensor, dense_FD: Tensor) -> list[int | None]:
-    """Which column of the dense matrix each new one is; None: drawn anew."""
+    """Return, for each new column, the dense column that it equals; None: redrawn."""
     where = {tuple(row): i for i, row in enumerate(dense_FD.tolist())}
     return [where.get(tuple(row)) for row in new_FD.tolist()]
 
@@ -68,7 +68,7 @@ def test_official_permutes_all_alike_and_draws_columns_of_each_matrix_by_themsel
     places = [{k for k in at if k is not None} for at in zip(gate, up, down, strict=True)]
     assert all(
         len(kept) <= 1 for kept in places
-    )  # what is left of a column is from one column of the dense FFN
+    )  # the kept entries of a column are all from one column of the dense FFN
     moved = [place for place, kept in enumerate(places) if kept and kept != {place}]
     assert len(moved) > 0.9 * FFN_WIDTH
 

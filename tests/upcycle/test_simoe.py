@@ -48,7 +48,7 @@ DEAD_LAYER = "model.layers.1.self_attn.k_proj"
 def trained(
     dense: Path, dtype: torch.dtype, scale: float = 0.1, **settings: Any
 ) -> tuple[Interpolated, Masks]:
-    """A SIMoE model as training leaves it: random deltas, most columns dead, one layer wholly."""
+    """Return a SIMoE model as after training: random deltas, most columns dead, one layer entirely."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
     interpolated = interpolate(model)
     random = torch.Generator().manual_seed(1)
@@ -72,7 +72,7 @@ def written(out: Path, dense: Path, dtype: torch.dtype = torch.float32, **settin
 
 
 def formula(interpolated: Interpolated, masks: Masks, weights_M: Tensor) -> dict[str, Tensor]:
-    """theta_pre + sum_m a_m (z_m * theta_delta), in float64, of every interpolated layer."""
+    """Return theta_pre + sum_m a_m (z_m * theta_delta) of every interpolated layer, in float64."""
     whole = {}
     for span, layer in zip(interpolated.layout.spans, interpolated.layers, strict=True):
         z_MI = masks.gates_MG[:, span.start : span.start + span.width].double()
@@ -85,7 +85,7 @@ def formula(interpolated: Interpolated, masks: Masks, weights_M: Tensor) -> dict
 
 @torch.no_grad()
 def expected_logits(dense: Path, weights: dict[str, Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of stock transformers with `weights` in place of the dense ones."""
+    """Return the logits of stock transformers with `weights` in place of the dense ones."""
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
     rounded = {name: weight.to(dtype) for name, weight in weights.items()}
     logits: Tensor = functional_call(model, rounded, (ids,)).logits
@@ -251,7 +251,7 @@ def test_expert_weights_are_those_of_the_dense_model_whatever_is_set(
     with simoe.interpolated.merged(WEIGHTS_SM[0] @ simoe.gates_MG):
         merged = logits(simoe.model) if attention is None else None
         same(simoe.coefficients(PROMPTS), expected @ masks.gates_MG)
-        assert merged is None or torch.equal(logits(simoe.model), merged)  # as it was
+        assert merged is None or torch.equal(logits(simoe.model), merged)  # unchanged
     assert simoe.interpolated.blend is before
 
 
@@ -289,7 +289,7 @@ def test_a_merged_folder_is_the_simoe_model_in_stock_transformers(
 def test_a_merged_folder_keeps_every_tensors_dtype_and_rounds_once(tmp_path: Path, family: str) -> None:
     dense = write_pico(tmp_path / "dense", family, max_shard_size="20KB")
     halved = {}
-    for file in dense.glob("*.safetensors"):  # bfloat16 but for the norms
+    for file in dense.glob("*.safetensors"):  # bfloat16 except for the norms
         tensors = {n: t if "norm" in n else t.bfloat16() for n, t in load_file(file).items()}
         save_file(tensors, file, {"format": "pt"})
         halved |= tensors
@@ -312,7 +312,7 @@ def test_a_merged_folder_keeps_every_tensors_dtype_and_rounds_once(tmp_path: Pat
         )
         if ulps is None:
             same(weight, expected, 1e-6)
-        else:  # fp32 and fp64 differ where they lie at the middle between two bfloat16
+        else:  # fp32 and fp64 round differently halfway between two bfloat16 values
             assert ulps.max() <= 1 and ulps.float().mean() < 1e-3
         if name in whole:
             change = whole[name] - halved[name].double()
@@ -449,7 +449,7 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "no json": (lambda f, d: (f / "simoe.json").unlink(), "no SIMoE model here"),
     "not json": (lambda f, d: (f / "simoe.json").write_text("{") and None, "damaged (JSONDecodeError"),
     "a list": (lambda f, d: (f / "simoe.json").write_text("[]") and None, "damaged (TypeError"),
-    "version": (edited(format=2), "format 2, of which this version of raymoe reads 1 alone"),
+    "version": (edited(format=2), "format 2, but this version of raymoe reads only 1"),
     "setting": (edited(method={"name": "simoe", "temperature": 1}), "damaged (InputError: temperature"),
     "dtype": (edited(dtype="int8"), "damaged (KeyError: 'int8'"),
     "domains": (edited(domains={"math": [1.0]}), "math has not one weight per expert"),
@@ -460,7 +460,7 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "shape": (retensored(f"{Q}.delta", lambda t: t[:-1].clone()), f"{Q}.delta is ["),
     "columns": (retensored(f"{Q}.columns", lambda t: t.flip(0)), f"{Q}.columns do not rise"),
     "width": (retensored(f"{Q}.columns", lambda t: t + 32), f"{Q}.columns do not rise from 0 to 31"),
-    "moved": (lambda f, d: d.rename(d.parent / "elsewhere") and None, "its dense model is not in "),
+    "moved": (lambda f, d: d.rename(d.parent / "elsewhere") and None, "its dense model is no longer in "),
     "weights": (other_weights, "made for other weights"),
     "other": (other_shape, "model.layers.0.mlp.gate_proj.weight is [48, 32]; in "),
 }  # fmt: skip
