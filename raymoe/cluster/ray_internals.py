@@ -12,6 +12,8 @@ HEAD = "node:__internal_head__"
 """Resource that Ray gives to the head node alone."""
 CLUSTER_ID_METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """gRPC method by which a client asks a head for its cluster's id."""
+PACKAGING_LOGGER = "ray._private.runtime_env.working_dir"
+"""Name of the logger that tells which folders Ray leaves out of a job's working folder."""
 TOKEN_LOGGER = "ray._private.authentication.authentication_token_setup"
 """Logger that says on every start of a cluster that it asks for a token."""
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from raymoe.cluster.address import JOBS, TIMEOUT, no_token, refused_token, token
+from raymoe.cluster.ray_internals import PACKAGING_LOGGER
 from raymoe.config import RunFile
 from raymoe.console import say
 from raymoe.schema import InputError
@@ -199,6 +200,8 @@ def _quiet_client(address: str) -> Any:
 
     for module in ("", ".dashboard.modules.dashboard_sdk", ".dashboard.modules.job.sdk"):
         logging.getLogger(f"ray{module}").setLevel(logging.WARNING)
+    # it says on every submission that __pycache__ and the like are left out, as they should be
+    logging.getLogger(PACKAGING_LOGGER).setLevel(logging.ERROR)
     return JobSubmissionClient(address)
 
 

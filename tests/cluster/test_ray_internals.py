@@ -37,6 +37,10 @@ def cluster_id_method() -> bool:
     return service.file.package == package and method in service.methods_by_name
 
 
+def packaging_logger() -> bool:
+    return import_module(ray_internals.PACKAGING_LOGGER).default_logger.name == ray_internals.PACKAGING_LOGGER
+
+
 def token_logger() -> bool:
     return import_module(ray_internals.TOKEN_LOGGER).logger.name == ray_internals.TOKEN_LOGGER
 
@@ -76,6 +80,7 @@ def torch_backend() -> bool:
 USES: dict[str, Callable[[], bool]] = {
     "HEAD": head,
     "CLUSTER_ID_METHOD": cluster_id_method,
+    "PACKAGING_LOGGER": packaging_logger,
     "TOKEN_LOGGER": token_logger,
     "loopback_switch": loopback_switch,
     "enable_token": enable_token,
