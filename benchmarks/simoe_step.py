@@ -98,7 +98,7 @@ class Interpolating(Contestant):
                 run, Execution(simoe_form=self.form), folder, None, folder, folder, prompts=folder
             )
             device = torch.device(contest.o.device)
-            return MaskTrainer(Setting(spec, dense, nothing, nothing, 10**6, 0, 1, device, None))
+            return MaskTrainer(Setting(spec, dense, nothing, nothing, 10**6, 1, device, None))
 
     def _start(self, share: float) -> Tensor:
         """log_alpha [M, G]."""

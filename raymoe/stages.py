@@ -137,9 +137,12 @@ def prepare(stages: Iterable[Stage], context: Context) -> None:
             make(stage, context)
     for stage in wanted:
         _check_tasks(stage.run, context)
-    upcycled = [
-        s.run for s in wanted if "upcycle" in seam(s.run.method).stages and not s.run.model.is_embedded
-    ]
+    _check_upcycling([stage.run for stage in wanted], context)
+
+
+def _check_upcycling(runs: Iterable[Run], context: Context) -> None:
+    """Raise InputError if no stock class holds what a run makes of the user's dense model."""
+    upcycled = [r for r in runs if "upcycle" in seam(r.method).stages and not r.model.is_embedded]
     for run in {(r.model, cast(Experts, r.method).gating): r for r in upcycled}.values():
         from raymoe.models.dense import check_upcycling
 

@@ -131,7 +131,7 @@ def check_upcycling(folder: Path, method: Experts) -> None:
 
 def _local_folder(model: Model) -> Path | None:
     """Return the folder that `model` names, or None for a hub id."""
-    if model.name in ("local", "initial"):
+    if model.is_embedded:
         raise ValueError(f"{model.name} is a stage's output, not a folder or a Hugging Face id")
     path = os.path.expanduser(model.name)
     if os.path.isdir(path):

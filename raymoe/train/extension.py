@@ -42,7 +42,6 @@ class Setting:
     train: Encoded
     held_out: Encoded
     total_steps: int
-    rank: int
     world_size: int
     device: torch.device
     partition: Callable[[nn.Module], None] | None
@@ -68,11 +67,6 @@ class Extension:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-
-    @property
-    def top_k(self) -> int:
-        """Number of FFNs per layer that a token passes through."""
-        return self.setting.run.method.ffns_per_token
 
     # ---- a step
 
@@ -127,7 +121,7 @@ class Extension:
 
     def measure(self) -> dict[str, float]:
         """Return a milestone's metrics of the model itself: parameters in total, and active per token."""
-        stored, active = stored_and_active(self.setting.model, self.top_k)
+        stored, active = stored_and_active(self.setting.model, self.setting.run.method.ffns_per_token)
         return {"model/parameters": float(stored), "model/active_parameters": float(active)}
 
     def finite(self) -> bool:

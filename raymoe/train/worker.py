@@ -89,7 +89,6 @@ class Trainer:
                 self.encoded,
                 held_out,
                 self.order.total_steps,
-                session.rank,
                 session.world_size,
                 session.device,
                 partition,
